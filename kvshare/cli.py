@@ -1,0 +1,135 @@
+"""The command line. Exit codes: 0 done, 1 it did not work, 2 something the user must mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from kvshare import __version__
+from kvshare.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+out = Console()
+
+
+def main() -> None:
+    try:
+        app(prog_name="kvshare")
+    except UserError as error:
+        print(f"kvshare: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """KV cache sharing between vLLM rollout replicas in verl RL training, through LMCache."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def prepare(
+    data: Annotated[Path, typer.Option(help="Where train.parquet and test.parquet go.")] = Path("data/gsm8k"),
+    source: Annotated[
+        Optional[Path], typer.Option(help="Folder with GSM8K's train.jsonl and test.jsonl; default: the hub.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Keep this many problems of each split.")] = None,
+    offline: Annotated[bool, typer.Option(help="Generate problems, do not try the hub.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of generated problems and of the tiny model.")] = 0,
+    tiny_model: Annotated[bool, typer.Option(help="Also make models/tiny-qwen2, for CPU.")] = False,
+    model: Annotated[Path, typer.Option(help="Where the tiny model goes.")] = Path("models/tiny-qwen2"),
+) -> None:
+    """Make the training data (GSM8K for verl), and a tiny model to try things on CPU."""
+    from kvshare import gsm8k
+
+    if source:
+        rows, origin = gsm8k.read_folder(source), str(source)
+    else:
+        rows, origin = _hub_or_generated(offline, seed)
+    gsm8k.write(rows, data, shots, limit)
+    sizes = ", ".join(f"{min(len(rows[s]), limit or len(rows[s]))} {s}" for s in gsm8k.SPLITS)
+    out.print(f"data:  {data} ({sizes} problems from {origin}, {shots} worked examples each)")
+    if tiny_model:
+        from kvshare import tiny_model as maker
+
+        maker.make(model, seed)
+        out.print(f"model: {model} (Qwen2, 4M random parameters, seed {seed})")
+
+
+def _hub_or_generated(offline: bool, seed: int) -> tuple[dict, str]:
+    from kvshare import gsm8k
+
+    if not offline:
+        try:
+            return gsm8k.read_hub(), "the Hugging Face hub (openai/gsm8k)"
+        except OSError as error:
+            out.print(f"{str(error).splitlines()[0]}\nusing generated problems instead")
+    return gsm8k.generate(train=2000, test=200, seed=seed), f"kvshare's own generator, seed {seed} (not GSM8K)"
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def preflight(
+    backend: Annotated[str, typer.Option(help="remote or p2p.")],
+    device: Annotated[str, typer.Option(help="cuda, npu or cpu.")],
+    hydra: Annotated[list[str], typer.Argument(help="-- and the arguments of verl.trainer.main_ppo.")],
+) -> None:
+    """Check that a run can start and will share; exit code 2 and one line for each thing to mend."""
+    from kvshare import preflight as checks
+
+    for name, value, known in (("--backend", backend, checks.BACKENDS), ("--device", device, checks.DEVICES)):
+        if value not in known:
+            raise UserError(f"{name} {value}: must be one of {', '.join(known)}")
+    job = checks.Job(backend, device, hydra)
+    if errors := checks.run(job):
+        for error in errors:
+            print(f"kvshare preflight: {error}", file=sys.stderr)
+        raise typer.Exit(2)
+    about = checks.describe(job)
+    if folder := os.environ.get("KVSHARE_RUN_DIR"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+    service = job.facts.get("service", job.lmcache.remote_url)
+    print(f"kvshare preflight: ok, {job.replicas} {device} replicas of {job.world_size}, {service}", flush=True)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="KVSHARE_RUN_DIR of the run.")]) -> None:
+    """Write report.json and report.md of a run, and print what was shared."""
+    from kvshare import report as reports
+
+    _print_report(reports.write(run), run)
+
+
+def _print_report(report: dict, run: Path) -> None:
+    from rich.table import Table
+
+    from kvshare.report import verdict
+
+    columns = ("prompt", "computed", "local_hit", "shared_hit", "stale_hit")
+    table = Table(title=f"KV sharing: {report.get('backend')} on {report.get('device')}, {report['steps']} steps")
+    table.add_column("tokens")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for replica in report["replica"]:
+        table.add_row(f"replica {replica['rank']}", *(f"{replica[name]:,}" for name in columns))
+    table.add_row("all", *(f"{report['tokens'][name]:,}" for name in columns), style="bold")
+    out.print(table)
+    mismatch = report["mismatch"]
+    out.print(f"prefill amplification  {report['prefill_amplification']}  (1.0: each prefix computed once)")
+    out.print(f"rollout/actor mismatch  correlation >= {mismatch['pearson_min']}, max |dp| {mismatch['probs_diff_max']}")
+    out.print(verdict(report))
+    out.print(f"report: {run / 'report.json'}, {run / 'report.md'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Events from vLLM's worker processes to whoever started the engine, over a zmq socket on this host.
+
+An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load", …}`` (see lmcache_events).
+Sending never blocks and never fails: an event that cannot be sent at once is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from functools import lru_cache
+from typing import Any
+from uuid import uuid4
+
+import zmq
+import zmq.asyncio
+
+ADDRESS = "KVSHARE_EVENTS"
+"""Environment variable with the zmq address events go to; unset: nobody listens, nothing is sent."""
+
+REQUEST = "lmcache.request_id"
+"""Request config with the caller's own request id (vLLM's internal ids differ from it)."""
+
+
+class Sender:
+    def __init__(self, address: str) -> None:
+        self._lock = threading.Lock()  # LMCache completes remote puts on a thread of its own
+        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+
+    def send(self, event: dict[str, Any]) -> None:
+        try:
+            with self._lock:
+                self._socket.send(json.dumps(event).encode(), zmq.NOBLOCK)
+        except zmq.ZMQError:
+            pass
+
+
+@lru_cache(maxsize=1)
+def sender() -> Sender | None:
+    """This process's sender, or None if nobody listens."""
+    address = os.environ.get(ADDRESS)
+    return Sender(address) if address else None
+
+
+class Receiver:
+    """Bound to an address of its own (an abstract Unix socket: it leaves no file behind)."""
+
+    def __init__(self) -> None:
+        self.address = f"ipc://@kvshare-{uuid4().hex}"
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._socket.bind(self.address)
+
+    async def receive(self) -> dict[str, Any]:
+        return json.loads(await self._socket.recv())

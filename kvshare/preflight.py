@@ -1,0 +1,256 @@
+"""Everything that would make a run fail or share nothing, found before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kvshare import lmcache_config, p2p, services, versions
+from kvshare.errors import UserError
+
+BACKENDS = ("remote", "p2p")
+DEVICES = ("cuda", "npu", "cpu")
+CPU_BLOCK_SIZE = 128
+"""Tokens in a block of vLLM's CPU KV cache."""
+
+ESTIMATORS = (
+    "gae grpo reinforce_plus_plus reinforce_plus_plus_baseline remax rloo opo grpo_passk gpg rloo_vectorized "
+    "grpo_vectorized optimal_token_baseline tir_optimal_token_baseline gdpo"
+).split()
+"""verl 0.9.1, AdvantageEstimator."""
+
+
+@dataclass
+class Job:
+    """What is about to start, and what was found about it."""
+
+    backend: str
+    device: str
+    hydra_args: list[str]
+    config: Any = None  # verl's composed config
+    lmcache: Any = None  # LMCache's own config object
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rollout(self) -> Any:
+        return self.config.actor_rollout_ref.rollout
+
+    @property
+    def world_size(self) -> int:
+        return self.rollout.tensor_model_parallel_size * self.rollout.data_parallel_size
+
+    @property
+    def replicas(self) -> int:
+        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node // self.world_size
+
+
+def run(job: Job) -> list[str]:
+    """Errors, one line each, the most basic first; what depends on a failed check is not checked."""
+    errors = list(_packages(job))
+    if errors:
+        return errors
+    for stage in ((_compose, _lmcache), (_plugins, _devices, _model, _data, _connector, _service, _estimator)):
+        for check in stage:
+            errors += _collect(check, job)
+        if errors:
+            return errors
+    return []
+
+
+def _collect(check: Callable[[Job], Iterator[str]], job: Job) -> list[str]:
+    found = []
+    try:
+        found += list(check(job))
+    except UserError as error:
+        found.append(str(error))
+    return found
+
+
+def _packages(job: Job) -> Iterator[str]:
+    yield from versions.problems(job.device)
+    if find_spec("torchvision") and job.device == "cpu":
+        yield "package torchvision does not fit torch's CPU build: pip uninstall -y torchvision torchaudio torchcodec"
+
+
+def _compose(job: Job) -> Iterator[str]:
+    """verl's config, composed from the launcher's arguments as main_ppo will do it."""
+    from hydra import compose, initialize_config_dir
+
+    verl_spec = find_spec("verl")
+    assert verl_spec is not None
+    assert verl_spec.submodule_search_locations is not None
+    search = f"hydra.searchpath=[file://{verl_spec.submodule_search_locations[0]}/trainer/config]"
+    folder, name, overrides = _hydra_arguments(job.hydra_args)
+    try:
+        with initialize_config_dir(version_base=None, config_dir=folder):
+            job.config = compose(config_name=name, overrides=[*overrides, search])
+    except Exception as error:  # Hydra's and OmegaConf's own, which share no base
+        yield f"verl's config cannot be composed: {_one_line(error)}: correct the override"
+        return
+    trainer = job.config.trainer
+    for key in ("nnodes", "n_gpus_per_node"):
+        if not isinstance(trainer[key], int) or trainer[key] < 1:
+            yield f"trainer.{key} is {trainer[key]!r}, must be a number from 1: set N_NODES and N_DEVICES"
+
+
+def _hydra_arguments(args: list[str]) -> tuple[str, str, list[str]]:
+    rest = list(args)
+    options = {}
+    for option in ("--config-dir", "--config-name"):
+        if option not in rest[:-1]:
+            raise UserError(f"preflight takes the arguments of verl.trainer.main_ppo after --; {option} is missing")
+        at = rest.index(option)
+        options[option] = rest[at + 1]
+        del rest[at : at + 2]
+    return str(Path(options["--config-dir"]).resolve()), options["--config-name"], rest
+
+
+def _lmcache(job: Job) -> Iterator[str]:
+    path = os.environ.get("LMCACHE_CONFIG_FILE")
+    settings = lmcache_config.read(path)
+    definitions = lmcache_config.definitions()
+    found = [
+        *lmcache_config.mistakes(settings, definitions, Path(path or "").name),
+        *lmcache_config.environment_mistakes(os.environ, definitions),
+    ]
+    if found:
+        yield from found
+        return
+    job.lmcache = lmcache_config.effective(path)
+    if job.device == "cpu" and job.lmcache.chunk_size % CPU_BLOCK_SIZE:
+        yield f"chunk_size {job.lmcache.chunk_size} is not a multiple of {CPU_BLOCK_SIZE}, vLLM's block size on CPU"
+    if job.backend == "remote" and not job.lmcache.remote_url:
+        yield f"{path} has no remote_url, so nothing would be shared: set it, e.g. lm://localhost:65432"
+    if job.backend == "p2p" and not (job.lmcache.enable_p2p and job.lmcache.enable_controller):
+        yield f"{path}: the p2p backend needs enable_p2p: true and enable_controller: true"
+
+
+def _plugins(job: Job) -> Iterator[str]:
+    if not [e for e in entry_points(group="vllm.general_plugins") if e.name == "kvshare"]:
+        yield "vLLM does not see kvshare's plugin: pip install -e . (or the kvshare wheel) in this environment"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "kvshare" not in allowed.split(","):
+        yield f"VLLM_PLUGINS={allowed} keeps kvshare's plugin out: add kvshare to it, or unset it"
+    if "kvshare.verl_plugin" not in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+        yield "VERL_USE_EXTERNAL_MODULES lacks kvshare.verl_plugin: export VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin"
+    if not os.environ.get("PYTHONHASHSEED", "").isdigit():
+        yield "PYTHONHASHSEED is not a number: chunk hashes would differ between processes: export PYTHONHASHSEED=0"
+
+
+def _devices(job: Job) -> Iterator[str]:
+    wanted = job.config.trainer.n_gpus_per_node
+    if wanted % job.world_size:
+        yield f"{wanted} devices a node cannot be split into replicas of {job.world_size}: change N_DEVICES"
+    if job.device == "cpu" or os.environ.get("RAY_ADDRESS"):
+        return  # no devices to count, or those of a cluster
+    import torch
+
+    if job.device == "npu":
+        import torch_npu  # noqa: F401
+    found = getattr(torch, job.device).device_count()
+    if found < wanted:
+        yield f"{wanted} {job.device} devices asked for, {found} found: set N_DEVICES={found or '…'} or make more visible"
+
+
+def _model(job: Job) -> Iterator[str]:
+    model = str(job.config.actor_rollout_ref.model.path)
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            yield f"model folder {model} has no config.json: set MODEL_PATH to a Hugging Face model"
+        return
+    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
+        yield f"model {model} does not exist: set MODEL_PATH (kvshare prepare --tiny-model makes one for CPU)"
+        return
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    fix = "set MODEL_PATH to a folder, or download it first: hf download " + model
+    if constants.HF_HUB_OFFLINE:
+        yield f"model {model} is not in the local Hugging Face cache and HF_HUB_OFFLINE is set: {fix}"
+        return
+    try:
+        HfApi().model_info(model, timeout=10)
+    except Exception as error:
+        yield f"model {model} is not in the local cache and the hub does not give it ({_one_line(error)}): {fix}"
+
+
+def _data(job: Job) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    for key in ("train_files", "val_files"):
+        files = job.config.data[key]
+        for file in [files] if isinstance(files, str) else files:
+            try:
+                columns = pq.read_schema(file).names
+            except FileNotFoundError:
+                yield f"data.{key}: {file} does not exist: make it with kvshare prepare, or set DATA_DIR"
+            except (OSError, ValueError) as error:
+                yield f"data.{key}: {file} is not a parquet file ({_one_line(error)}): make it with kvshare prepare"
+            else:
+                if job.config.data.prompt_key not in columns:
+                    yield f"data.{key}: {file} has no column {job.config.data.prompt_key}: make it with kvshare prepare"
+
+
+def _connector(job: Job) -> Iterator[str]:
+    value = job.rollout.engine_kwargs.vllm.get("kv_transfer_config")
+    try:
+        connector = json.loads(value) if isinstance(value, str) else dict(value or {})
+    except ValueError:
+        yield f"kv_transfer_config is not JSON: {value}"
+        return
+    if not str(connector.get("kv_connector", "")).startswith("LMCache"):
+        yield f"kv_transfer_config names no LMCache connector, nothing would be shared: {value}"
+    if connector.get("kv_load_failure_policy") != "recompute":
+        yield 'kv_transfer_config lacks "kv_load_failure_policy": "recompute": a failed load would fail the request'
+
+
+def _service(job: Job) -> Iterator[str]:
+    if job.backend == "remote":
+        if str(job.lmcache.remote_url).startswith("lm://"):
+            job.facts["service"] = "lmcache_server at " + services.check_lmcache_server(job.lmcache.remote_url)
+        return
+    job.facts["service"] = "lmcache_controller at " + services.check_controller(
+        job.lmcache.controller_pull_url, job.lmcache.controller_reply_url
+    )
+    settings = job.lmcache.to_dict()
+    try:
+        p2p.check_ports(settings, job.replicas, job.world_size)
+    except p2p.TooFewPorts as error:
+        yield str(error)
+        return
+    for name in p2p.PORT_LISTS:
+        own = list(dict.fromkeys(settings.get(name) or []))[: job.replicas * job.world_size]
+        taken = [port for port in own if not services.is_free("127.0.0.1", port)]
+        if taken and job.config.trainer.nnodes == 1:
+            yield f"{name}: port {', '.join(map(str, taken))} is taken: stop what uses it, or choose other ports"
+
+
+def _estimator(job: Job) -> Iterator[str]:
+    estimator = job.config.algorithm.adv_estimator
+    if estimator not in ESTIMATORS:
+        yield f"ADV_ESTIMATOR {estimator!r} is not one verl knows: use grpo, or gae for PPO with a critic"
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """What the report says about the run (``run.json``)."""
+    return {
+        "backend": job.backend,
+        "device": job.device,
+        "replicas": job.replicas,
+        "model": str(job.config.actor_rollout_ref.model.path),
+        "chunk_size": job.lmcache.chunk_size,
+        "adv_estimator": str(job.config.algorithm.adv_estimator),
+        "versions": {name: versions.version(name) for name in ("verl", "vllm", "lmcache", "torch", "ray")},
+    }
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else type(error).__name__

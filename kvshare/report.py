@@ -1,0 +1,180 @@
+"""What a run shared, from its ledger (``events-*.jsonl``) and verl's metrics (``metrics.jsonl``)."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kvshare.errors import UserError
+
+Event = dict[str, Any]
+
+
+def summarize(events: Iterable[Event], metrics: Iterable[dict[str, Any]], run: dict[str, Any]) -> dict[str, Any]:
+    """The report: pure arithmetic.
+
+    Args:
+        events: ledger lines of all replicas, in any order (see ledger.py).
+        metrics: ``data`` of the lines of verl's file logger, one a step.
+        run: ``backend``, ``device`` and ``replicas``, written by preflight.
+
+    Token counts: ``prompt`` = ``computed`` + ``local_hit`` + ``shared_hit`` + ``unknown_hit``.
+    ``local_hit``: from vLLM's prefix cache, or loaded and stored by the same replica;
+    ``shared_hit``: loaded, and stored by another replica of this run; ``unknown_hit``: loaded, and
+    nobody in the ledger stored it. ``stale_hit``: those of the loaded tokens whose key was also
+    stored under another policy. ``prefill_amplification``: chunks that replicas computed over
+    distinct chunks computed; 1.0 is perfect sharing; None if no prompt filled a chunk.
+    """
+    events = list(events)
+    stored_by = _stored_by(events)
+    replicas = range(max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0))
+    steps = [m for m in metrics if "training/global_step" in m]
+    return {
+        **run,
+        "replicas": len(replicas),
+        "steps": len(steps),
+        "tokens": _tokens(events, stored_by),
+        "replica": [{"rank": r, **_tokens([e for e in events if e["replica"] == r], stored_by)} for r in replicas],
+        "prefill_amplification": _amplification(stored_by),
+        "policy": [
+            {
+                "policy": policy,
+                **_tokens([e for e in events if e.get("policy") == policy], stored_by),
+                "prefill_amplification": _amplification(stored_by, policy),
+            }
+            for policy in _policies(events)
+        ],
+        "mismatch": {
+            "pearson_min": _extreme(min, steps, "training/rollout_actor_probs_pearson_corr"),
+            "probs_diff_max": _extreme(max, steps, "training/rollout_probs_diff_max"),
+        },
+        "reward": [m.get("critic/score/mean") for m in steps],
+        "step_seconds": [m.get("timing_s/step") for m in steps],
+        "degraded": sorted({e["replica"] for e in events if e["op"] == "degraded"}),
+    }
+
+
+def _stored_by(events: list[Event]) -> dict[int, set[tuple[int, str]]]:
+    """Who stored each key, under which policy."""
+    stored_by: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    for event in events:
+        if event["op"] == "store":
+            for key in event["keys"]:
+                stored_by[key].add((event["replica"], event["policy"]))
+    return stored_by
+
+
+def _tokens(events: list[Event], stored_by: dict[int, set[tuple[int, str]]]) -> dict[str, int]:
+    count = dict.fromkeys(("prompt", "computed", "local_hit", "shared_hit", "unknown_hit", "stale_hit"), 0)
+    loaded = expected = 0
+    for event in events:
+        if event["op"] == "request":
+            count["prompt"] += event["prompt"]
+            count["local_hit"] += event["cached"]
+        elif event["op"] == "load":
+            expected += event["expected"]
+            for key, tokens in zip(event["keys"], event["tokens"], strict=True):
+                loaded += tokens
+                count[_origin(stored_by.get(key, set()), event["replica"])] += tokens
+                if any(policy != event["policy"] for _, policy in stored_by.get(key, ())):
+                    count["stale_hit"] += tokens
+    # vLLM counts as cached what it expected LMCache to load, whether that arrived or not.
+    count["local_hit"] = max(0, count["local_hit"] - expected)
+    count["computed"] = count["prompt"] - count["local_hit"] - count["shared_hit"] - count["unknown_hit"]
+    return count
+
+
+def _origin(stored_by: set[tuple[int, str]], replica: int) -> str:
+    if not stored_by:
+        return "unknown_hit"
+    return "local_hit" if any(r == replica for r, _ in stored_by) else "shared_hit"
+
+
+def _amplification(stored_by: dict[int, set[tuple[int, str]]], policy: str | None = None) -> float | None:
+    """Over all policies, or one."""
+    by = [{r for r, p in who if policy in (None, p)} for who in stored_by.values()]
+    distinct = sum(1 for replicas in by if replicas)
+    return round(sum(len(replicas) for replicas in by) / distinct, 3) if distinct else None
+
+
+def _policies(events: list[Event]) -> list[str]:
+    """In the order of their first request."""
+    return list(dict.fromkeys(e["policy"] for e in sorted(events, key=lambda e: e["time"]) if e.get("policy")))
+
+
+def _extreme(choose: Any, steps: list[dict[str, Any]], name: str) -> float | None:
+    return choose([m[name] for m in steps if name in m], default=None)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The report of a run folder.
+
+    Raises:
+        UserError: it is not a run folder.
+    """
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} has no run.json: give the KVSHARE_RUN_DIR of a run that a launcher started")
+    events = (e for path in sorted(folder.glob("events-*.jsonl")) for e in _lines(path))
+    metrics = (line["data"] for line in _lines(folder / "metrics.jsonl"))
+    return summarize(events, metrics, json.loads((folder / "run.json").read_text()))
+
+
+def _lines(path: Path) -> Iterable[dict[str, Any]]:
+    """Objects of a JSON-lines file; the last line of a run that was killed may be half a line."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """One sentence for a human."""
+    tokens = report["tokens"]
+    if report["degraded"]:
+        return f"NOT SHARING: LMCache did not start in replica {', '.join(map(str, report['degraded']))}; see its log."
+    if tokens["stale_hit"]:
+        return f"STALE: {tokens['stale_hit']:,} loaded tokens were computed by other weights. Please report this."
+    if not tokens["prompt"]:
+        return "No request was recorded."
+    if report["prefill_amplification"] is None:
+        return "Nothing could be shared: no prompt fills a chunk (see chunk_size in the LMCache config)."
+    if not tokens["shared_hit"]:
+        return "No token was shared between replicas."
+    share = 100 * tokens["shared_hit"] / tokens["prompt"]
+    return f"{share:.1f}% of prompt tokens came from another replica, none of them stale."
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    mismatch = report["mismatch"]
+    head = (
+        f"# KV sharing: {report.get('backend')} on {report.get('device')}, {report['replicas']} replicas, "
+        f"{report['steps']} steps\n\n{verdict(report)}\n"
+    )
+    facts = {
+        "prefill amplification (1.0 is perfect, the number of replicas is none)": report["prefill_amplification"],
+        "rollout/actor correlation, lowest of all steps": mismatch["pearson_min"],
+        "rollout/actor probability difference, highest": mismatch["probs_diff_max"],
+    }
+    lines = [head, "| tokens | prompt | computed | local hit | shared hit | stale |", "|---|---|---|---|---|---|"]
+    lines += [_row(f"replica {r['rank']}", r) for r in report["replica"]] + [_row("**all**", report["tokens"]), ""]
+    lines += ["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, t: dict[str, Any]) -> str:
+    cells = [t["prompt"], t["computed"], t["local_hit"], t["shared_hit"], t["stale_hit"]]
+    return f"| {name} | " + " | ".join(f"{cell:,}" for cell in cells) + " |"
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write report.json and report.md into a run folder; returns the report."""
+    report = read(folder)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "report.md").write_text(to_markdown(report))
+    return report

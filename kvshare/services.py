@@ -1,0 +1,108 @@
+"""Is the service a backend needs there, and is it really LMCache's?"""
+
+from __future__ import annotations
+
+import socket
+from urllib.parse import urlparse
+
+from kvshare.errors import UserError
+
+TIMEOUT = 3.0  # seconds; these are local or one hop away
+
+
+def check_lmcache_server(url: str) -> str:
+    """Ask an ``lm://host:port`` for its health; returns "host:port".
+
+    Raises:
+        UserError: bad URL, nobody there, or somebody else.
+    """
+    try:
+        parsed = urlparse(url)
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise UserError(f"remote_url {url!r} is not lm://HOST:PORT: correct it in the LMCache config")
+    start = f"start it with: lmcache_server {host} {port}"
+    reply = _exchange(host, port, _health_request(), 36, f"lmcache_server at {host}:{port}", start)
+    if not _is_health_reply(reply):
+        raise UserError(
+            f"{host}:{port} is taken by something that is not lmcache_server: "
+            f"stop it, or choose another port in remote_url and {start}"
+        )
+    return f"{host}:{port}"
+
+
+def check_controller(pull_url: str, reply_url: str) -> str:
+    """Look for lmcache_controller's two zmq sockets; returns their addresses.
+
+    Raises:
+        UserError: bad address, nobody there, or somebody else.
+    """
+    ports = {}
+    for name, url in (("pull", pull_url), ("reply", reply_url)):
+        host, _, port = str(url).removeprefix("tcp://").rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"controller_{name}_url {url!r} is not HOST:PORT: correct it in the LMCache config")
+        ports[name] = (host, int(port))
+    host, pull, reply = ports["pull"][0], ports["pull"][1], ports["reply"][1]
+    start = (
+        f"start it with: lmcache_controller --host {host} --port 9000 "
+        f"""--monitor-ports '{{"pull": {pull}, "reply": {reply}}}'"""
+    )
+    for name, (host, port) in ports.items():
+        greeting = _exchange(host, port, b"", 1, f"lmcache_controller's {name} port {host}:{port}", start)
+        if greeting != b"\xff":  # first byte of a ZMTP greeting, RFC 23
+            raise UserError(
+                f"{host}:{port} is taken by something that is not lmcache_controller: "
+                f"stop it, or choose another port in controller_{name}_url and {start}"
+            )
+    return f"{host}:{pull} and {reply}"
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether a port of this machine can be bound now."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _exchange(host: str, port: int, request: bytes, size: int, what: str, start: str) -> bytes:
+    """Send ``request`` and read up to ``size`` bytes; empty if none come."""
+    try:
+        with socket.create_connection((host, port), timeout=TIMEOUT) as s:
+            s.settimeout(TIMEOUT)
+            reply = b""
+            try:
+                s.sendall(request)
+                while len(reply) < size and (more := s.recv(size - len(reply))):
+                    reply += more
+            except OSError:
+                pass  # it closed the connection or says nothing: what came is the answer
+            return reply
+    except OSError as error:
+        raise UserError(f"{what} does not answer ({error.strerror or error}): {start}") from None
+
+
+def _health_request() -> bytes:
+    import torch
+    from lmcache.utils import CacheEngineKey
+    from lmcache.v1.memory_management import MemoryFormat
+    from lmcache.v1.protocol import ClientCommand, ClientMetaMessage
+
+    key = CacheEngineKey("kvshare", 1, 0, 0, torch.float16)
+    shape = torch.Size([0, 0, 0, 0])
+    return ClientMetaMessage(ClientCommand.HEALTH, key, 0, MemoryFormat(1), torch.float16, shape).serialize()
+
+
+def _is_health_reply(reply: bytes) -> bool:
+    from lmcache.v1.protocol import ServerMetaMessage, ServerReturnCode
+
+    try:
+        return ServerMetaMessage.deserialize(reply).code == ServerReturnCode.SUCCESS
+    except Exception:  # struct.error, ValueError, KeyError: not LMCache's protocol
+        return False

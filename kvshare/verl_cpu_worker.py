@@ -1,0 +1,39 @@
+"""vLLM worker extension for CPU: verl's weight sync into packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+
+class CPUWorkerExtension(vLLMColocateWorkerExtension):
+    """vLLM's CPU linear layers pack their weight and drop the original, so verl's in-place copy has
+    nothing to copy into; vLLM's own layerwise reload packs again."""
+
+    def update_weights_from_ipc(
+        self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = False
+    ) -> None:
+        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+
+        if peft_config and base_sync_done:
+            raise NotImplementedError("LoRA adapters cannot be synced on CPU")
+        weights: dict[str, Any] = {}
+
+        def keep(bucket: list[tuple[str, Any]], is_last: bool) -> None:
+            # The tensors are views of a buffer that the next bucket overwrites.
+            weights.update((name, tensor.clone()) for name, tensor in bucket)
+
+        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
+        receiver.receive_weights(on_bucket_received=keep)
+        self.model_runner.reload_weights(weights_iterator=iter(weights.items()), is_checkpoint_format=True)
+        self._repack_tied_lm_head()
+
+    def _repack_tied_lm_head(self) -> None:
+        """A tied lm_head receives no weights, so the reload leaves its packed copy as it was."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+        for module in self.model_runner.get_model().modules():
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, UnquantizedEmbeddingMethod):
+                method.process_weights_after_loading(module)

@@ -1,0 +1,170 @@
+"""verl's vLLM rollout server, with the policy on every request and a record of what was shared."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import ray
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from kvshare import events, p2p, policy
+from kvshare.ledger import Ledger, Prefill, StoredPrefixes, prefix_digest, whole_chunks
+from kvshare.verl_cpu import is_cpu
+
+logger = logging.getLogger(__name__)
+
+RUN_DIR = "KVSHARE_RUN_DIR"
+"""Environment variable with the folder the ledger goes to; unset: no ledger."""
+
+WEIGHT_UPDATES = {"update_weights_from_ipc", "start_weight_update"}
+"""Worker methods that start to replace the weights (verl 0.9.1, vllm_rollout.py)."""
+
+READY_SECONDS = 10
+"""How long to wait, after the engine is up, for LMCache to say that it is."""
+
+
+class KVShareServer(vLLMHttpServer):
+    def __init__(self, config: Any, *args: Any, replica_rank: int, **kwargs: Any) -> None:
+        self._events = events.Receiver()
+        self._prefixes = StoredPrefixes()
+        self._ready = asyncio.Event()
+        self._updating = False
+        self._ledger = Ledger(replica_rank, os.environ.get(RUN_DIR))
+        context = ray.get_runtime_context()
+        self._run = policy.run_id(context.get_session_name(), context.get_job_id())
+        os.environ[events.ADDRESS] = self._events.address  # inherited by the engine's processes
+        super().__init__(config, *args, replica_rank=replica_rank, **kwargs)
+        self._chunk_size = self._own_lmcache_config()
+
+    def _own_lmcache_config(self) -> int:
+        """Give this replica its P2P identity; returns LMCache's chunk size in tokens."""
+        from lmcache.v1.config import LMCacheEngineConfig, load_engine_config_with_overrides
+
+        path = os.environ.get("LMCACHE_CONFIG_FILE")
+        settings: LMCacheEngineConfig = load_engine_config_with_overrides(config_file_path=path)
+        if settings.enable_p2p:
+            os.environ.update(p2p.identity(settings.to_dict(), self.replica_rank, self.replica_world_size))
+        return settings.chunk_size
+
+    async def run_server(self, args: argparse.Namespace) -> None:
+        await super().run_server(args)
+        self._recording = asyncio.create_task(self._record_events())
+        self.engine.generate = self._stamping(self.engine.generate)
+        if args.kv_transfer_config is not None:
+            await self._check_ready()
+
+    async def _check_ready(self) -> None:
+        try:
+            await asyncio.wait_for(self._ready.wait(), READY_SECONDS)
+        except TimeoutError:
+            self._ledger.write("degraded")
+            logger.error(
+                "replica %d shares NO KV: LMCache did not start in it (search its log for 'degraded mode'); "
+                "training goes on without sharing",
+                self.replica_rank,
+            )
+
+    # -- the policy ---------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> str:
+        """The policy of the weights in this engine now.
+
+        While it is not known (before the first update, and from the start of an update to its end,
+        also when it fails half-way) every request gets a policy of its own.
+        """
+        if self._updating or self.global_steps is None:
+            return policy.private_policy()
+        return policy.policy_id(self._run, self.global_steps)
+
+    async def collective_rpc(self, method: str | Callable, *args: Any, **kwargs: Any) -> None:
+        if method in WEIGHT_UPDATES:
+            self._updating = True
+        await super().collective_rpc(method, *args, **kwargs)
+
+    async def set_global_steps(self, global_steps: int) -> None:
+        await super().set_global_steps(global_steps)
+        self._updating = False
+
+    def _stamping(self, generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        """``AsyncLLM.generate`` that stamps each request, also those of the server's HTTP API.
+
+        Here and not in verl's ``generate()``: that one may wait for a weight update to end before it
+        submits, and must then carry the new policy.
+        """
+
+        async def stamped(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
+            stamp = self.policy
+            prompt = _salted(prompt, stamp)
+            _tag(sampling_params, stamp, request_id)
+            self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
+            output, answered = None, False
+            try:
+                async for output in generate(
+                    prompt=prompt, sampling_params=sampling_params, request_id=request_id, **kwargs
+                ):
+                    if not answered:
+                        answered = True
+                        # Without LMCache nothing is ever stored, and nobody need wait for it.
+                        cached = output.num_cached_tokens if self._ready.is_set() else sys.maxsize
+                        self._prefixes.first_token(request_id, cached or 0)
+                    yield output
+            finally:
+                self._prefixes.finished(request_id)
+                if output is not None:
+                    prompt_tokens = len(output.prompt_token_ids or ())
+                    cached = output.num_cached_tokens or 0
+                    self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached)
+
+        return stamped
+
+    def _prefill(self, stamp: str, ids: list[int]) -> Prefill:
+        return Prefill(stamp, prefix_digest(ids, self._chunk_size), whole_chunks(len(ids), self._chunk_size))
+
+    # -- what was shared ----------------------------------------------------------------------
+
+    async def _record_events(self) -> None:
+        while True:
+            event = await self._events.receive()
+            op, request = event.pop("op"), event.pop("request", None)
+            if op == "ready":
+                self._ready.set()
+            elif op == "stored":
+                self._prefixes.stored(request, event["end"])
+            else:
+                if op == "store":
+                    self._prefixes.storing(request)
+                self._ledger.write(op, **event)
+
+    async def wait_prefix_stored(self, prefix: str) -> None:
+        """Return once other replicas can find the prefix (see ``prefix_digest``) under this policy."""
+        await self._prefixes.event(self.policy, prefix).wait()
+
+    def _get_worker_extension_cls(self) -> str:
+        return "kvshare.verl_cpu_worker.CPUWorkerExtension" if is_cpu() else super()._get_worker_extension_cls()
+
+
+def _salted(prompt: Any, stamp: str) -> dict[str, Any]:
+    """The prompt with the policy in its ``cache_salt``, which vLLM's own prefix cache keys on."""
+    fields = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+    salt = fields.get("cache_salt")
+    return {**fields, "cache_salt": f"{stamp}.{salt}" if salt else stamp}
+
+
+def _tag(sampling_params: Any, stamp: str, request_id: str) -> None:
+    extra = dict(sampling_params.extra_args or {})
+    params = dict(extra.get("kv_transfer_params") or {})
+    params |= {policy.TAG: stamp, events.REQUEST: request_id}
+    sampling_params.extra_args = {**extra, "kv_transfer_params": params}
+
+
+class KVShareReplica(vLLMReplica):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(KVShareServer)

@@ -1,0 +1,28 @@
+"""vLLM plugin (entry point ``vllm.general_plugins``), loaded in every vLLM process.
+
+It costs nothing where LMCache is not used: each hook runs when the module it mends is imported.
+"""
+
+from __future__ import annotations
+
+import wrapt
+
+
+def register() -> None:
+    """Called by vLLM in the API server, engine core and worker processes; safe to call again."""
+    if getattr(register, "done", False):
+        return
+    register.done = True  # type: ignore[attr-defined]
+    for module, hook in _HOOKS.items():
+        wrapt.register_post_import_hook(hook, module)
+
+
+# Hook functions as "module:function" strings: wrapt imports them only when they are needed.
+_HOOKS = {
+    "lmcache.v1.token_database": "kvshare.lmcache_policy:mend_token_database",
+    "lmcache.integration.vllm.vllm_v1_adapter": "kvshare.lmcache_policy:mend_adapter",
+    "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector": "kvshare.lmcache_policy:mend_connector",
+    "lmcache.v1.gpu_connector": "kvshare.lmcache_cpu:mend_gpu_connector",
+    "lmcache.v1.cache_engine": "kvshare.lmcache_events:mend_cache_engine",
+    "lmcache.v1.storage_backend.remote_backend": "kvshare.lmcache_events:mend_remote_backend",
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Train Qwen with GRPO (or PPO) on GSM8K with verl, on a machine with no accelerator;
+# rollout replicas share KV through one lmcache_server.
+#
+# Before, once:              kvshare prepare --shots 8 --tiny-model
+# Before, in another shell:  lmcache_server localhost 65432
+# Then:                      bash run_qwen_remote_backend_cpu.sh [Hydra overrides of verl's config]
+#
+# MODEL_PATH           model to train                   (models/tiny-qwen2)
+# DATA_DIR             train.parquet and test.parquet   (data/gsm8k)
+# ADV_ESTIMATOR        grpo, or gae (PPO with a critic) (grpo)
+# N_DEVICES, N_NODES   devices a node, nodes            (2, 1)
+# LMCache_CONFIG_FILE  LMCache settings                 (config/remote_backend_config.yaml)
+# ROUTER               router YAML, null: verl's own    (config/router.yaml)
+# KVSHARE_RUN_DIR      metrics, events and the report   (outputs/remote-<time>)
+# DRY_RUN=1            print environment and command, start nothing
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+config=$(realpath -m "${LMCache_CONFIG_FILE:-${LMCACHE_CONFIG_FILE:-$here/config/remote_backend_config.yaml}}")
+run_dir=$(realpath -m "${KVSHARE_RUN_DIR:-$here/outputs/remote-$(date +%Y%m%d-%H%M%S)}")
+model=${MODEL_PATH:-$here/models/tiny-qwen2}
+data=$(realpath -m "${DATA_DIR:-$here/data/gsm8k}")
+
+kv_transfer_config='{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
+
+environment=(
+  "LMCache_CONFIG_FILE=$config"
+  "LMCACHE_CONFIG_FILE=$config" # the name LMCache reads
+  PYTHONHASHSEED=0              # chunk hashes must agree between processes
+  VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin
+  "KVSHARE_RUN_DIR=$run_dir"
+  "VERL_FILE_LOGGER_PATH=$run_dir/metrics.jsonl"
+  VERL_PLATFORM=cpu
+  VERL_ENGINE_DEVICE=cuda # verl 0.9.1 registers its FSDP engines for cuda and npu only
+  TORCHDYNAMO_DISABLE=1
+  RAY_raylet_start_wait_time_s=300
+  OMP_NUM_THREADS=1
+  VLLM_CPU_OMP_THREADS_BIND=nobind
+  "VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}" # GiB a replica
+  "LMCACHE_MAX_LOCAL_CPU_SIZE=${LMCACHE_MAX_LOCAL_CPU_SIZE:-0.5}" # GiB a replica
+)
+
+train=(
+  python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k_cpu
+  "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}"
+  trainer.device=cpu
+  "trainer.nnodes=${N_NODES:-1}"
+  "trainer.n_gpus_per_node=${N_DEVICES:-2}"
+  "actor_rollout_ref.model.path='$model'"
+  "critic.model.path='$model'"
+  "data.train_files='$data/train.parquet'"
+  "data.val_files='$data/test.parquet'"
+  "actor_rollout_ref.rollout.router_config_path=${ROUTER:-$here/config/router.yaml}"
+  "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='$kv_transfer_config'"
+  "$@"
+)
+
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+  printf 'export %q\n' "${environment[@]}"
+  printf '%q ' "${train[@]}"
+  echo
+  exit
+fi
+export "${environment[@]}"
+python3 -c "import kvshare" 2>/dev/null ||
+  { echo "kvshare is not installed for $(command -v python3): activate .venv, or pip install -e $here" >&2; exit 2; }
+python3 -m kvshare preflight --backend remote --device cpu -- "${train[@]:3}"
+mkdir -p "$run_dir"
+"${train[@]}"
+python3 -m kvshare report "$run_dir"
