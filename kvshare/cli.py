@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +15,10 @@ from kvshare import __version__
 from kvshare.errors import UserError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
 
@@ -40,10 +43,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def prepare(
     data: Annotated[Path, typer.Option(help="Where train.parquet and test.parquet go.")] = Path("data/gsm8k"),
     source: Annotated[
-        Optional[Path], typer.Option(help="Folder with GSM8K's train.jsonl and test.jsonl; default: the hub.")
+        Path | None, typer.Option(help="Folder with GSM8K's train.jsonl and test.jsonl; default: the hub.")
     ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Keep this many problems of each split.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Keep this many problems of each split.")] = None,
     offline: Annotated[bool, typer.Option(help="Generate problems, do not try the hub.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of generated problems and of the tiny model.")] = 0,
     tiny_model: Annotated[bool, typer.Option(help="Also make models/tiny-qwen2, for CPU.")] = False,
@@ -110,6 +113,28 @@ def report(run: Annotated[Path, typer.Argument(help="KVSHARE_RUN_DIR of the run.
     _print_report(reports.write(run), run)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def demo(
+    run: Annotated[Path, typer.Option(help="Folder for data, model, logs and the report.")] = Path("outputs/demo"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="-- and Hydra overrides for the training.")] = None,
+) -> None:
+    """Train a tiny Qwen with GRPO on this machine's CPU while two vLLM replicas share KV."""
+    from kvshare import demo as demos
+
+    try:
+        result = demos.Demo(run, overrides or []).run()
+    except demos.DemoFailed as failed:
+        for line in failed.tail:
+            print(line, file=sys.stderr)
+        print(f"kvshare demo: {failed}; log: {failed.log}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    _print_report(result, run)
+    if wrong := demos.failures(result):
+        for line in wrong:
+            print(f"kvshare demo: {line}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
 def _print_report(report: dict, run: Path) -> None:
     from rich.table import Table
 
@@ -126,7 +151,9 @@ def _print_report(report: dict, run: Path) -> None:
     out.print(table)
     mismatch = report["mismatch"]
     out.print(f"prefill amplification  {report['prefill_amplification']}  (1.0: each prefix computed once)")
-    out.print(f"rollout/actor mismatch  correlation >= {mismatch['pearson_min']}, max |dp| {mismatch['probs_diff_max']}")
+    out.print(
+        f"rollout/actor mismatch  correlation >= {mismatch['pearson_min']}, max |dp| {mismatch['probs_diff_max']}"
+    )
     out.print(verdict(report))
     out.print(f"report: {run / 'report.json'}, {run / 'report.md'}", soft_wrap=True)
 

@@ -55,7 +55,11 @@ def mistakes(settings: dict[str, Any], definitions: dict[str, dict[str, Any]], f
         if key not in definitions:
             near = _near(str(key), definitions)
             out.append(f"{file}: LMCache knows no key {key}{near}: remove or correct it")
-        elif value is not None and not fits(value, definitions[key]["type"]) and not _is_list_in_text(value, definitions[key]):
+        elif (
+            value is not None
+            and not fits(value, definitions[key]["type"])
+            and not _is_list_in_text(value, definitions[key])
+        ):
             out.append(f"{file}: {key} is {value!r}, must be {type_name(definitions[key]['type'])}: correct it")
     return out
 

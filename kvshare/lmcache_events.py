@@ -11,6 +11,7 @@ cannot tell another replica's KV from one's own. These events can, because they 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -90,9 +91,17 @@ def _submit_put(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> Any:
     puts = getattr(Puts.current, "value", None)
     if puts is None or kwargs.get("on_complete_callback"):
         return wrapped(*args, **kwargs)
-    keys = set(args[0] if args else kwargs["keys"])
-    puts.started(keys)
-    result = wrapped(*args, **kwargs, on_complete_callback=puts.finished)
+    keys = list(args[0] if args else kwargs["keys"])
+
+    def sent(key: Any) -> None:
+        """lm:// does not acknowledge a put: ask for the last key, on the same connection."""
+        if key != keys[-1]:
+            return puts.finished(key)
+        asked = asyncio.run_coroutine_threadsafe(backend.connection.exists(key), backend.loop)
+        asked.add_done_callback(lambda _: puts.finished(key))
+
+    puts.started(set(keys))
+    result = wrapped(*args, **kwargs, on_complete_callback=sent)
     # Without a connection LMCache drops the puts and calls nobody back.
     for key in keys:
         if not backend.exists_in_put_tasks(key):

@@ -19,10 +19,22 @@ DEVICES = ("cuda", "npu", "cpu")
 CPU_BLOCK_SIZE = 128
 """Tokens in a block of vLLM's CPU KV cache."""
 
-ESTIMATORS = (
-    "gae grpo reinforce_plus_plus reinforce_plus_plus_baseline remax rloo opo grpo_passk gpg rloo_vectorized "
-    "grpo_vectorized optimal_token_baseline tir_optimal_token_baseline gdpo"
-).split()
+ESTIMATORS = [
+    "gae",
+    "grpo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "rloo",
+    "opo",
+    "grpo_passk",
+    "gpg",
+    "rloo_vectorized",
+    "grpo_vectorized",
+    "optimal_token_baseline",
+    "tir_optimal_token_baseline",
+    "gdpo",
+]
 """verl 0.9.1, AdvantageEstimator."""
 
 

@@ -8,9 +8,43 @@ from collections.abc import Callable, Iterator
 Problem = dict[str, str]
 """``question`` and ``answer``, the answer ending in "#### <integer>" as GSM8K's do."""
 
-NAMES = "Ada Ben Carla Deniz Elif Farid Grace Hana Ivan Jing Karim Lena Mara Nils Omar Priya Quinn Rosa Sven Tara".split()
-THINGS = "apples pencils marbles stickers books cookies stamps shells buttons tickets cards candles".split()
-PLACES = "market school library harbour garden workshop bakery station museum theatre".split()
+NAMES = [
+    "Ada",
+    "Ben",
+    "Carla",
+    "Deniz",
+    "Elif",
+    "Farid",
+    "Grace",
+    "Hana",
+    "Ivan",
+    "Jing",
+    "Karim",
+    "Lena",
+    "Mara",
+    "Nils",
+    "Omar",
+    "Priya",
+    "Quinn",
+    "Rosa",
+    "Sven",
+    "Tara",
+]
+THINGS = [
+    "apples",
+    "pencils",
+    "marbles",
+    "stickers",
+    "books",
+    "cookies",
+    "stamps",
+    "shells",
+    "buttons",
+    "tickets",
+    "cards",
+    "candles",
+]
+PLACES = ["market", "school", "library", "harbour", "garden", "workshop", "bakery", "station", "museum", "theatre"]
 
 
 def _shopping(r: random.Random) -> Problem:

@@ -71,6 +71,13 @@ def is_free(host: str, port: int) -> bool:
     return True
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody uses now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def _exchange(host: str, port: int, request: bytes, size: int, what: str, start: str) -> bytes:
     """Send ``request`` and read up to ``size`` bytes; empty if none come."""
     try:

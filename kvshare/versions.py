@@ -10,15 +10,40 @@ Row = dict[str, str]
 
 FITS: dict[str, list[Row]] = {
     "cpu": [
-        {"torch": "==2.13.*", "vllm": "==0.28.*", "lmcache": "==0.5.6", "verl": "==0.9.1", "transformers": ">=5.10.4,<5.11"}
+        {
+            "torch": "==2.13.*",
+            "vllm": "==0.28.*",
+            "lmcache": "==0.5.6",
+            "verl": "==0.9.1",
+            "transformers": ">=5.10.4,<5.11",
+        }
     ],
     "cuda": [
         # verl 0.9.1's own pins; LMCache 0.5.4+ wheels do not load their CUDA code with torch 2.11.
-        {"torch": "==2.11.*", "vllm": "==0.24.*", "lmcache": ">=0.5.2,<=0.5.6", "verl": "==0.9.1", "transformers": "<5.11"},
-        {"torch": "==2.13.*", "vllm": ">=0.27,<0.29", "lmcache": ">=0.5.4,<=0.5.6", "verl": "==0.9.1", "transformers": "<5.11"},
+        {
+            "torch": "==2.11.*",
+            "vllm": "==0.24.*",
+            "lmcache": ">=0.5.2,<=0.5.6",
+            "verl": "==0.9.1",
+            "transformers": "<5.11",
+        },
+        {
+            "torch": "==2.13.*",
+            "vllm": ">=0.27,<0.29",
+            "lmcache": ">=0.5.4,<=0.5.6",
+            "verl": "==0.9.1",
+            "transformers": "<5.11",
+        },
     ],
     "npu": [
-        {"torch": "==2.9.*", "torch-npu": "==2.9.*", "vllm": "==0.18.*", "vllm-ascend": "==0.18.*", "lmcache": "==0.4.4", "verl": "==0.9.1"}
+        {
+            "torch": "==2.9.*",
+            "torch-npu": "==2.9.*",
+            "vllm": "==0.18.*",
+            "vllm-ascend": "==0.18.*",
+            "lmcache": "==0.4.4",
+            "verl": "==0.9.1",
+        }
     ],
 }
 ALWAYS: Row = {"ray": ">=2.49", "numpy": "<=2.2.6"}

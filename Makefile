@@ -1,0 +1,37 @@
+# Everything runs in .venv, made from requirements/cpu.txt. `make demo` is the place to start.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
+
+.PHONY: demo install test lint clean
+.DEFAULT_GOAL := demo
+
+demo: install
+	$(BIN)/kvshare demo --run outputs/demo
+
+install: .venv/installed
+
+# torch first: its CPU build comes from wherever pip finds one, or from PyTorch's own index.
+.venv/installed: requirements/cpu.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "$(TORCH)" --no-deps || \
+	  $(BIN)/pip install -q "$(TORCH)" --no-deps --index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install -q --no-deps -r requirements/cpu.txt
+	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+.venv/dev: .venv/installed requirements/dev.txt
+	$(BIN)/pip install -q -r requirements/dev.txt
+	touch $@
+
+test: .venv/dev
+	$(BIN)/pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck *.sh .ci/run
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,85 @@
+"""Child processes that never outlive us: each in a group of its own, all ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+GRACE = 15  # seconds between the polite signal and the other one
+
+
+class Processes:
+    """Use as a context manager; on the way out, however that is, everything started is gone.
+
+    Args:
+        mark: environment variable and value that all children carry. Daemons that left their group
+            (Ray's) are found by it.
+    """
+
+    def __init__(self, mark: tuple[str, str]) -> None:
+        self._mark = mark
+        self._children: list[subprocess.Popen] = []
+
+    def __enter__(self) -> Processes:
+        self._previous = signal.signal(signal.SIGTERM, _as_interrupt)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def start(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
+        """Start ``command`` with its output going to ``log``."""
+        marked = {**os.environ, **(env or {}), self._mark[0]: self._mark[1]}
+        with open(log, "wb") as out:
+            child = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=marked,
+                start_new_session=True,
+            )
+        self._children.append(child)
+        return child
+
+    def end(self) -> None:
+        for child in reversed(self._children):
+            _signal_group(child.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        for child in self._children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+            _signal_group(child.pid, signal.SIGKILL)
+            child.wait()
+        left = self._marked()
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=GRACE)
+
+    def _marked(self) -> list[psutil.Process]:
+        name, value = self._mark
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.pid != os.getpid() and process.environ().get(name) == value:
+                    found.append(process)
+        return found
+
+
+def _signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+def _as_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
