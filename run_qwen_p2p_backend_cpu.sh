@@ -35,6 +35,7 @@ environment=(
   VERL_ENGINE_DEVICE=cuda # verl 0.9.1 registers its FSDP engines for cuda and npu only
   TORCHDYNAMO_DISABLE=1
   RAY_raylet_start_wait_time_s=300
+  RAY_prestart_worker_first_driver=false # one idle worker for each of the CPUs it is told of
   OMP_NUM_THREADS=1
   VLLM_CPU_OMP_THREADS_BIND=nobind
   "VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}" # GiB a replica

@@ -24,6 +24,7 @@ out = Console()
 
 
 def main() -> None:
+    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # for what this process imports of LMCache
     try:
         app(prog_name="kvshare")
     except UserError as error:
@@ -66,7 +67,7 @@ def prepare(
         from kvshare import tiny_model as maker
 
         maker.make(model, seed)
-        out.print(f"model: {model} (Qwen2, 4M random parameters, seed {seed})")
+        out.print(f"model: {model} (Qwen2, 1M random parameters, seed {seed})")
 
 
 def _hub_or_generated(offline: bool, seed: int) -> tuple[dict, str]:

@@ -28,7 +28,7 @@ QUIET = {
 
 STAGES = {  # what the training log says, and what that means
     "Started a local Ray instance": "Ray is up, verl's workers are starting",
-    "LMCache Configuration": "two vLLM replicas are starting",
+    "(KVShareServer": "two vLLM replicas are starting",
     "ready to fit": "replicas are up, first step (the slow one)",
 }
 
@@ -61,6 +61,7 @@ class Demo:
             address = self._server(processes)
             environment = {
                 **QUIET,
+                "LMCACHE_LOG_LEVEL": "INFO",
                 "LMCACHE_REMOTE_URL": f"lm://{address}",
                 "DATA_DIR": str(self.folder / "data"),
                 "MODEL_PATH": str(self.folder / "model"),
@@ -85,21 +86,14 @@ class Demo:
         gsm8k.write(gsm8k.generate(train=256, test=16, seed=0), self.folder / "data", SHOTS, limit=32)
         self.say(f"data: generated word problems, {SHOTS} worked examples before each question")
         tiny_model.make(self.folder / "model")
-        self.say("model: Qwen2 with 4 million random parameters")
+        self.say("model: Qwen2 with a million random parameters")
 
     def _server(self, processes: Processes) -> str:
         log = self.folder / "lmcache_server.log"
-        port = services.free_port()
-        command = [sys.executable, "-m", "lmcache.v1.server", "127.0.0.1", str(port)]
-        server = processes.start(command, log, QUIET)
-        while True:
-            try:
-                address = services.check_lmcache_server(f"lm://127.0.0.1:{port}")
-                break
-            except UserError:
-                if server.poll() is not None:
-                    raise DemoFailed("lmcache_server did not start", log) from None
-                time.sleep(0.5)
+        try:
+            address = services.start_lmcache_server(processes, log, QUIET)
+        except services.NotStarted as error:
+            raise DemoFailed(str(error), log) from None
         self.say(f"lmcache_server is up at {address}; log: {log}")
         return address
 

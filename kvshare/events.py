@@ -26,7 +26,7 @@ REQUEST = "lmcache.request_id"
 class Sender:
     def __init__(self, address: str) -> None:
         self._lock = threading.Lock()  # LMCache completes remote puts on a thread of its own
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
 
@@ -50,7 +50,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self.address = f"ipc://@kvshare-{uuid4().hex}"
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.bind(self.address)
 
     async def receive(self) -> dict[str, Any]:

@@ -41,15 +41,15 @@ class Ledger:
 
     def __init__(self, replica: int, folder: str | None) -> None:
         self._replica = replica
-        self._file = None
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self._file = open(Path(folder) / f"events-{replica}.jsonl", "a", buffering=1)
+        self._path = Path(folder) / f"events-{replica}.jsonl" if folder else None
+        if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, op: str, **fields: Any) -> None:
-        if self._file:
+        if self._path:
             line = {"op": op, "time": round(time.time(), 3), "replica": self._replica, **fields}
-            self._file.write(json.dumps(line) + "\n")
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 @dataclass

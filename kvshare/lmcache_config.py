@@ -6,7 +6,6 @@ traceback for a file that is missing or no YAML.
 
 from __future__ import annotations
 
-import os
 import types
 import typing
 from pathlib import Path
@@ -99,8 +98,7 @@ def effective(path: str | None) -> Any:
 
 
 def definitions() -> dict[str, dict[str, Any]]:
-    """The installed LMCache's own keys and types (its log lines kept off the terminal)."""
-    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
+    """The installed LMCache's own keys and types."""
     from lmcache.v1 import config
 
     known = dict(config._CONFIG_DEFINITIONS)

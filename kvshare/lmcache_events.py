@@ -96,7 +96,8 @@ def _submit_put(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> Any:
     def sent(key: Any) -> None:
         """lm:// does not acknowledge a put: ask for the last key, on the same connection."""
         if key != keys[-1]:
-            return puts.finished(key)
+            puts.finished(key)
+            return
         asked = asyncio.run_coroutine_threadsafe(backend.connection.exists(key), backend.loop)
         asked.add_done_callback(lambda _: puts.finished(key))
 

@@ -68,9 +68,9 @@ def _with_policy(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> dict
 def _keep_late_private(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     """A request that arrived before the last reset was stamped for weights that are gone."""
     request = args[0] if args else kwargs["request"]
-    if request.arrival_time < engine.reset_at and request.sampling_params is not None:
-        if _restamp(request.sampling_params):
-            instance.lookup_client.clear_lookup_status(request.request_id)
+    late = request.arrival_time < engine.reset_at and request.sampling_params is not None
+    if late and _restamp(request.sampling_params) and instance.lookup_client is not None:
+        instance.lookup_client.clear_lookup_status(request.request_id)
     return wrapped(*args, **kwargs)
 
 

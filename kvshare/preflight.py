@@ -19,22 +19,10 @@ DEVICES = ("cuda", "npu", "cpu")
 CPU_BLOCK_SIZE = 128
 """Tokens in a block of vLLM's CPU KV cache."""
 
-ESTIMATORS = [
-    "gae",
-    "grpo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "remax",
-    "rloo",
-    "opo",
-    "grpo_passk",
-    "gpg",
-    "rloo_vectorized",
-    "grpo_vectorized",
-    "optimal_token_baseline",
-    "tir_optimal_token_baseline",
-    "gdpo",
-]
+ESTIMATORS = {
+    *("gae", "grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "remax", "rloo", "rloo_vectorized"),
+    *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
+}
 """verl 0.9.1, AdvantageEstimator."""
 
 
@@ -150,7 +138,7 @@ def _plugins(job: Job) -> Iterator[str]:
     if allowed is not None and "kvshare" not in allowed.split(","):
         yield f"VLLM_PLUGINS={allowed} keeps kvshare's plugin out: add kvshare to it, or unset it"
     if "kvshare.verl_plugin" not in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
-        yield "VERL_USE_EXTERNAL_MODULES lacks kvshare.verl_plugin: export VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin"
+        yield "verl does not load kvshare's plugin: export VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin"
     if not os.environ.get("PYTHONHASHSEED", "").isdigit():
         yield "PYTHONHASHSEED is not a number: chunk hashes would differ between processes: export PYTHONHASHSEED=0"
 
@@ -167,7 +155,7 @@ def _devices(job: Job) -> Iterator[str]:
         import torch_npu  # noqa: F401
     found = getattr(torch, job.device).device_count()
     if found < wanted:
-        yield f"{wanted} {job.device} devices asked for, {found} found: set N_DEVICES={found or '…'} or make more visible"
+        yield f"{wanted} {job.device} devices asked for, {found} found: set N_DEVICES, or make more visible"
 
 
 def _model(job: Job) -> Iterator[str]:
@@ -215,7 +203,9 @@ def _connector(job: Job) -> Iterator[str]:
     try:
         connector = json.loads(value) if isinstance(value, str) else dict(value or {})
     except ValueError:
-        yield f"kv_transfer_config is not JSON: {value}"
+        connector = None
+    if not isinstance(connector, dict):
+        yield f"kv_transfer_config is not a JSON object: {value}"
         return
     if not str(connector.get("kv_connector", "")).startswith("LMCache"):
         yield f"kv_transfer_config names no LMCache connector, nothing would be shared: {value}"

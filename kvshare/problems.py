@@ -9,54 +9,28 @@ Problem = dict[str, str]
 """``question`` and ``answer``, the answer ending in "#### <integer>" as GSM8K's do."""
 
 NAMES = [
-    "Ada",
-    "Ben",
-    "Carla",
-    "Deniz",
-    "Elif",
-    "Farid",
-    "Grace",
-    "Hana",
-    "Ivan",
-    "Jing",
-    "Karim",
-    "Lena",
-    "Mara",
-    "Nils",
-    "Omar",
-    "Priya",
-    "Quinn",
-    "Rosa",
-    "Sven",
-    "Tara",
+    *("Ada", "Ben", "Carla", "Deniz", "Elif", "Farid", "Grace", "Hana", "Ivan", "Jing"),
+    *("Karim", "Lena", "Mara", "Nils", "Omar", "Priya", "Quinn", "Rosa", "Sven", "Tara"),
 ]
 THINGS = [
-    "apples",
-    "pencils",
-    "marbles",
-    "stickers",
-    "books",
-    "cookies",
-    "stamps",
-    "shells",
-    "buttons",
-    "tickets",
-    "cards",
-    "candles",
+    *("apples", "pencils", "marbles", "stickers", "books", "cookies", "stamps", "shells", "buttons", "tickets"),
+    *("cards", "candles"),
 ]
-PLACES = ["market", "school", "library", "harbour", "garden", "workshop", "bakery", "station", "museum", "theatre"]
+PLACES = [
+    *("market", "school", "library", "harbour", "garden", "workshop", "bakery", "station", "museum", "theatre"),
+]
 
 
 def _shopping(r: random.Random) -> Problem:
     name, thing, place = r.choice(NAMES), r.choice(THINGS), r.choice(PLACES)
     packs, each, gave = r.randint(3, 12), r.randint(4, 15), r.randint(2, 10)
     total = packs * each
+    left = total - gave
     return {
         "question": f"{name} goes to the {place} and buys {packs} packs of {thing}. Each pack has {each} {thing}. "
         f"On the way home {name} gives {gave} {thing} to a friend. How many {thing} does {name} have left?",
         "answer": f"{name} buys {packs} * {each} = <<{packs}*{each}={total}>>{total} {thing}.\n"
-        f"After giving {gave} away, {total} - {gave} = <<{total}-{gave}={total - gave}>>{total - gave} {thing} are left.\n"
-        f"#### {total - gave}",
+        f"After giving {gave} away, {total} - {gave} = <<{total}-{gave}={left}>>{left} {thing} are left.\n#### {left}",
     }
 
 
@@ -81,7 +55,7 @@ def _sharing(r: random.Random) -> Problem:
     return {
         "question": f"{first} has {total - extra} {thing} and {second} brings {extra} more. They divide all of the "
         f"{thing} equally among {people} children. How many {thing} does each child get?",
-        "answer": f"Together they have {total - extra} + {extra} = <<{total - extra}+{extra}={total}>>{total} {thing}.\n"
+        "answer": f"Together that is {total - extra} + {extra} = <<{total - extra}+{extra}={total}>>{total} {thing}.\n"
         f"Each child gets {total} / {people} = <<{total}/{people}={share}>>{share} {thing}.\n"
         f"#### {share}",
     }

@@ -111,4 +111,4 @@ def _chunk_size() -> int:
 
 
 # Held requests are pending calls of this actor: Ray's default of 1,000 at once would block releases.
-Router = ray.remote(max_concurrency=1_000_000)(PrefillOnceRouter)
+Router = ray.remote(max_concurrency=1_000_000)(PrefillOnceRouter)  # type: ignore[call-overload]

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
 from urllib.parse import urlparse
 
 from kvshare.errors import UserError
+from kvshare.processes import Processes
+
+
+class NotStarted(Exception):
+    """A service ended before it was up."""
+
 
 TIMEOUT = 3.0  # seconds; these are local or one hop away
 
@@ -33,18 +43,34 @@ def check_lmcache_server(url: str) -> str:
     return f"{host}:{port}"
 
 
+def start_lmcache_server(processes: Processes, log: Path, env: Mapping[str, str]) -> str:
+    """Start an lmcache_server on a free port of 127.0.0.1 and wait until it is healthy; returns "host:port".
+
+    Raises:
+        NotStarted: it ended instead; ``log`` says why.
+    """
+    port = free_port()
+    server = processes.start([sys.executable, "-m", "lmcache.v1.server", "127.0.0.1", str(port)], log, env)
+    while server.poll() is None:
+        try:
+            return check_lmcache_server(f"lm://127.0.0.1:{port}")
+        except UserError:
+            time.sleep(0.5)
+    raise NotStarted(f"lmcache_server ended with exit code {server.returncode}")
+
+
 def check_controller(pull_url: str, reply_url: str) -> str:
     """Look for lmcache_controller's two zmq sockets; returns their addresses.
 
     Raises:
         UserError: bad address, nobody there, or somebody else.
     """
-    ports = {}
+    ports: dict[str, tuple[str, int]] = {}
     for name, url in (("pull", pull_url), ("reply", reply_url)):
-        host, _, port = str(url).removeprefix("tcp://").rpartition(":")
-        if not host or not port.isdigit():
+        host, _, text = str(url).removeprefix("tcp://").rpartition(":")
+        if not host or not text.isdigit():
             raise UserError(f"controller_{name}_url {url!r} is not HOST:PORT: correct it in the LMCache config")
-        ports[name] = (host, int(port))
+        ports[name] = (host, int(text))
     host, pull, reply = ports["pull"][0], ports["pull"][1], ports["reply"][1]
     start = (
         f"start it with: lmcache_controller --host {host} --port 9000 "

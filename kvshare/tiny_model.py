@@ -1,4 +1,4 @@
-"""A Qwen2 of 4 million random parameters with its tokenizer, made on the machine in seconds."""
+"""A Qwen2 of a million random parameters with its tokenizer, made on the machine in seconds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ def make(folder: Path, seed: int = 0) -> None:
     """Write the model (bf16 safetensors) and its tokenizer to ``folder``."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     tokenizer = _tokenizer(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
@@ -33,7 +36,7 @@ def make(folder: Path, seed: int = 0) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -65,7 +65,7 @@ def _device_module() -> types.ModuleType:
 
 
 def _platform_class(base: type) -> type:
-    class PlatformCPU(base):  # type: ignore[misc, valid-type]
+    class PlatformCPU(base):
         device_name = "cpu"
         vendor_name = "cpu"
         device_module = _device_module()

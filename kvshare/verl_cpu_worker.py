@@ -11,6 +11,8 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
     """vLLM's CPU linear layers pack their weight and drop the original, so verl's in-place copy has
     nothing to copy into; vLLM's own layerwise reload packs again."""
 
+    model_runner: Any  # vLLM mixes this class into its worker
+
     def update_weights_from_ipc(
         self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = False
     ) -> None:

@@ -30,7 +30,7 @@ READY_SECONDS = 10
 
 
 class KVShareServer(vLLMHttpServer):
-    def __init__(self, config: Any, *args: Any, replica_rank: int, **kwargs: Any) -> None:
+    def __init__(self, *, replica_rank: int, **kwargs: Any) -> None:
         self._events = events.Receiver()
         self._prefixes = StoredPrefixes()
         self._ready = asyncio.Event()
@@ -39,7 +39,7 @@ class KVShareServer(vLLMHttpServer):
         context = ray.get_runtime_context()
         self._run = policy.run_id(context.get_session_name(), context.get_job_id())
         os.environ[events.ADDRESS] = self._events.address  # inherited by the engine's processes
-        super().__init__(config, *args, replica_rank=replica_rank, **kwargs)
+        super().__init__(replica_rank=replica_rank, **kwargs)
         self._chunk_size = self._own_lmcache_config()
 
     def _own_lmcache_config(self) -> int:
@@ -55,7 +55,7 @@ class KVShareServer(vLLMHttpServer):
     async def run_server(self, args: argparse.Namespace) -> None:
         await super().run_server(args)
         self._recording = asyncio.create_task(self._record_events())
-        self.engine.generate = self._stamping(self.engine.generate)
+        self.engine.generate = self._stamping(self.engine.generate)  # type: ignore[method-assign, assignment]
         if args.kv_transfer_config is not None:
             await self._check_ready()
 

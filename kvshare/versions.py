@@ -1,4 +1,4 @@
-"""Versions that fit together, by device; each row was seen working or is verl's own pin (docs/versions.md)."""
+"""Versions that fit together, by device; each row was seen working or is verl's own pin."""
 
 from __future__ import annotations
 
@@ -7,52 +7,29 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 
 Row = dict[str, str]
+VERL = {"verl": "==0.9.1", "ray": ">=2.49", "numpy": "<=2.2.6"}
 
 FITS: dict[str, list[Row]] = {
     "cpu": [
-        {
-            "torch": "==2.13.*",
-            "vllm": "==0.28.*",
-            "lmcache": "==0.5.6",
-            "verl": "==0.9.1",
-            "transformers": ">=5.10.4,<5.11",
-        }
+        {"torch": "==2.13.*", "vllm": "==0.28.*", "lmcache": "==0.5.6", "transformers": ">=5.10.4,<5.11", **VERL},
     ],
     "cuda": [
-        # verl 0.9.1's own pins; LMCache 0.5.4+ wheels do not load their CUDA code with torch 2.11.
-        {
-            "torch": "==2.11.*",
-            "vllm": "==0.24.*",
-            "lmcache": ">=0.5.2,<=0.5.6",
-            "verl": "==0.9.1",
-            "transformers": "<5.11",
-        },
-        {
-            "torch": "==2.13.*",
-            "vllm": ">=0.27,<0.29",
-            "lmcache": ">=0.5.4,<=0.5.6",
-            "verl": "==0.9.1",
-            "transformers": "<5.11",
-        },
+        # verl 0.9.1's own pins; LMCache's wheels from 0.5.4 do not load their CUDA code with torch 2.11.
+        {"torch": "==2.11.*", "vllm": "==0.24.*", "lmcache": ">=0.5.2,<=0.5.6", "transformers": "<5.11", **VERL},
+        {"torch": "==2.13.*", "vllm": ">=0.27,<0.29", "lmcache": ">=0.5.4,<=0.5.6", "transformers": "<5.11", **VERL},
     ],
     "npu": [
         {
-            "torch": "==2.9.*",
-            "torch-npu": "==2.9.*",
-            "vllm": "==0.18.*",
-            "vllm-ascend": "==0.18.*",
-            "lmcache": "==0.4.4",
-            "verl": "==0.9.1",
-        }
+            **{"torch": "==2.9.*", "torch-npu": "==2.9.*", "vllm": "==0.18.*", "vllm-ascend": "==0.18.*"},
+            **{"lmcache": "==0.4.4", "lmcache-ascend": "==0.4.4", **VERL},
+        },
     ],
 }
-ALWAYS: Row = {"ray": ">=2.49", "numpy": "<=2.2.6"}
 
 
 def problems(device: str) -> list[str]:
     """One line for each package that is missing or does not fit; empty if all do."""
-    rows = [{**row, **ALWAYS} for row in FITS[device]]
-    return min((_misfits(row, device) for row in rows), key=len)
+    return min((_misfits(row, device) for row in FITS[device]), key=len)
 
 
 def _misfits(row: Row, device: str) -> list[str]:

@@ -1,0 +1,104 @@
+"""A real vLLM server with LMCache for tests, and the events its worker sends."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import zmq
+
+from kvshare import events, policy, services
+from kvshare.processes import Processes
+
+CONNECTOR = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+
+
+class Engine:
+    """``python -m vllm.entrypoints.openai.api_server`` on a free port; answers are exact (fp32, greedy).
+
+    Args:
+        rank: which replica it plays in the ledger lines of ``events``.
+        environment: on top of the tests' own.
+    """
+
+    def __init__(self, processes: Processes, rank: int, model: Path, log: Path, environment: dict[str, str]) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._rank = rank
+        address = f"ipc://@kvshare-test-{uuid4().hex}"
+        threading.Thread(target=self._listen, args=(address,), daemon=True).start()
+        self.log = log
+        self._url = f"http://127.0.0.1:{(port := services.free_port())}"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+        command += ["--max-model-len", "4096", "--enforce-eager", "--no-enable-prefix-caching"]
+        command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
+        settings = {
+            "PYTHONHASHSEED": "0",
+            "VLLM_SERVER_DEV_MODE": "1",  # serves /reset_prefix_cache
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
+            "LMCACHE_LOG_LEVEL": "INFO",
+            events.ADDRESS: address,
+        }
+        self._process = processes.start(command, log, {**settings, **environment})
+
+    def wait(self) -> Engine:
+        """Until it is healthy; fails at once, with the log's end, when it has died."""
+        while True:
+            try:
+                self._post("/health", method="GET")
+                return self
+            except OSError:
+                assert self._process.poll() is None, self.log.read_text()[-3000:]
+                time.sleep(0.5)
+
+    def ask(self, prompt: list[int], stamp: str | None = None, tokens: int = 8) -> tuple[list[str], list[float]]:
+        """Tokens and their log-probabilities; returns when the prompt's KV has been stored, if it will be."""
+        request = uuid4().hex
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
+        params = {events.REQUEST: request} | ({policy.TAG: stamp} if stamp else {})
+        answer = self._post("/v1/completions", {**body, "kv_transfer_params": params})
+        self._settle(request)
+        logprobs = answer["choices"][0]["logprobs"]
+        return logprobs["tokens"], logprobs["token_logprobs"]
+
+    def hits(self, since: int) -> int:
+        """Tokens loaded since ``since = len(engine.events)``."""
+        return sum(sum(e["tokens"]) for e in self.events[since:] if e["op"] == "load")
+
+    def reset(self, connector: bool) -> None:
+        self._post(f"/reset_prefix_cache?reset_external={str(connector).lower()}", {})
+
+    def _settle(self, request: str) -> None:
+        """Wait until each "store" of the request has its "stored"."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            mine = [e["op"] for e in self.events if e.get("request") == request]
+            if mine.count("store") == mine.count("stored"):
+                return
+        raise AssertionError(f"KV of request {request} was never stored")
+
+    def _listen(self, address: str) -> None:
+        socket = zmq.Context.instance().socket(zmq.PULL)
+        socket.bind(address)
+        while True:
+            event = json.loads(socket.recv())
+            self.events.append({**event, "time": time.time(), "replica": self._rank})
+
+    def _post(self, path: str, body: dict | None = None, method: str = "POST") -> Any:
+        data = json.dumps(body).encode() if body is not None else None
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self._url + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=300) as response:
+            text = response.read()
+        return json.loads(text) if text else None

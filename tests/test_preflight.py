@@ -1,0 +1,197 @@
+"""Each condition that must stop a launcher is made here, and the line it prints is read."""
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from kvshare import lmcache_config, preflight, services, versions
+
+REMOTE = ROOT / "config" / "remote_backend_config.yaml"
+P2P = ROOT / "config" / "p2p_backend_config.yaml"
+
+
+@pytest.fixture
+def environment(monkeypatch, lmcache_server):
+    """What a launcher exports before preflight."""
+    for name in [n for n in os.environ if n.lower().startswith("lmcache_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(REMOTE))
+    monkeypatch.setenv("LMCACHE_REMOTE_URL", f"lm://{lmcache_server}")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "kvshare.verl_plugin")
+    return monkeypatch
+
+
+@pytest.fixture
+def job(environment, data, model):
+    def make(*overrides: str, backend: str = "remote", device: str = "cpu") -> preflight.Job:
+        connector = {"kv_connector": "LMCacheConnectorV1", "kv_load_failure_policy": "recompute"}
+        return preflight.Job(
+            backend,
+            device,
+            [
+                *("--config-dir", str(ROOT / "config"), "--config-name", "gsm8k_cpu"),
+                "trainer.nnodes=1",
+                "trainer.n_gpus_per_node=2",
+                "algorithm.adv_estimator=grpo",
+                f"actor_rollout_ref.model.path='{model}'",
+                f"data.train_files='{data}/train.parquet'",
+                f"data.val_files='{data}/test.parquet'",
+                f"+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='{json.dumps(connector)}'",
+                *overrides,
+            ],
+        )
+
+    return make
+
+
+def test_good_job_passes_and_is_described(job):
+    checked = job()
+    assert preflight.run(checked) == []
+    about = preflight.describe(checked)
+    assert (about["replicas"], about["backend"], about["chunk_size"]) == (2, "remote", 256)
+
+
+KV = "++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config="
+
+BAD_OVERRIDES = {
+    "foo=1": "verl's config cannot be composed: Could not override 'foo'",
+    "trainer.n_gpus_per_node=0": "trainer.n_gpus_per_node is 0, must be a number from 1",
+    "trainer.nnodes=two": "trainer.nnodes is 'two'",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=4": "2 devices a node cannot be split into replicas of 4",
+    "actor_rollout_ref.model.path=/no/such": "model /no/such does not exist: set MODEL_PATH",
+    "actor_rollout_ref.model.path=/usr": "model folder /usr has no config.json",
+    "actor_rollout_ref.model.path=nobody/nothing": "model nobody/nothing is not in the local",
+    "data.train_files=/no/train.parquet": "data.train_files: /no/train.parquet does not exist: make it with kvshare",
+    f"data.val_files={REMOTE}": "is not a parquet file",
+    "algorithm.adv_estimator=grop": "ADV_ESTIMATOR 'grop' is not one verl knows",
+    f"{KV}null": "names no LMCache connector",
+    f"{KV}'[nonsense'": "kv_transfer_config is not a JSON object",
+    f"{KV}'[1]'": "kv_transfer_config is not a JSON object",
+    KV + '\'{"kv_connector":"LMCacheConnectorV1"}\'': "a failed load would fail the request",
+}
+
+
+@pytest.mark.parametrize("override", BAD_OVERRIDES)
+def test_bad_override(job, override):
+    errors = preflight.run(job(override))
+    assert any(BAD_OVERRIDES[override] in error for error in errors), errors
+    assert all("\n" not in error for error in errors)
+
+
+BAD_YAML = {
+    "chunk_size: [": "is not YAML",
+    "- a\n- b": "is not a mapping",
+    "hello": "is not a mapping",
+    "": "is not a mapping",
+    "chunk_size: many": "chunk_size is 'many', must be integer",
+    "chunk_size: true": "chunk_size is True, must be integer",
+    "chunk_sise: 256": "LMCache knows no key chunk_sise (did you mean chunk_size?)",
+    "local_cpu: maybe": "local_cpu is 'maybe', must be true or false",
+    "max_local_cpu_size: lots": "max_local_cpu_size is 'lots', must be number",
+    "lmcache_worker_ports: [a, b]": "must be a list of integers",
+    "extra_config: x=1": "must be a mapping",
+    "chunk_size: 200": "chunk_size 200 is not a multiple of 128",
+    "remote_url: http://localhost:1": "LMCache config",
+}
+
+
+@pytest.mark.parametrize("text", BAD_YAML)
+def test_bad_lmcache_config(job, environment, tmp_path, text):
+    path = tmp_path / "lmcache.yaml"
+    path.write_text(text)
+    environment.setenv("LMCACHE_CONFIG_FILE", str(path))
+    if text.startswith("remote_url"):
+        environment.delenv("LMCACHE_REMOTE_URL")
+        environment.setenv("LMCACHE_REMOTE_URL", "lm://nowhere")
+    errors = preflight.run(job())
+    assert any(BAD_YAML[text] in error for error in errors), errors
+
+
+BAD_ENVIRONMENT = {
+    ("LMCACHE_CONFIG_FILE", "/no/such.yaml"): "LMCache config /no/such.yaml does not exist",
+    ("LMCACHE_CHUNK_SIZE", "abc"): "LMCACHE_CHUNK_SIZE='abc' must be integer",
+    ("LMCACHE_P2P_INIT_PORTS", "[1,2]"): "LMCache ignores a list in brackets",
+    ("PYTHONHASHSEED", "random"): "export PYTHONHASHSEED=0",
+    ("VERL_USE_EXTERNAL_MODULES", "other"): "export VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin",
+    ("VLLM_PLUGINS", "other"): "VLLM_PLUGINS=other keeps kvshare's plugin out",
+}
+
+
+@pytest.mark.parametrize("setting", BAD_ENVIRONMENT, ids=lambda s: "=".join(s))
+def test_bad_environment(job, environment, setting):
+    environment.setenv(*setting)
+    errors = preflight.run(job())
+    assert any(BAD_ENVIRONMENT[setting] in error for error in errors), errors
+
+
+def test_server_is_not_up(job, environment):
+    port = services.free_port()
+    environment.setenv("LMCACHE_REMOTE_URL", f"lm://localhost:{port}")
+    assert preflight.run(job()) == [
+        f"lmcache_server at localhost:{port} does not answer (Connection refused): "
+        f"start it with: lmcache_server localhost {port}"
+    ]
+
+
+def test_port_is_taken_by_something_else(job, environment):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        environment.setenv("LMCACHE_REMOTE_URL", f"lm://127.0.0.1:{other.getsockname()[1]}")
+        environment.setattr(services, "TIMEOUT", 0.2)
+        (error,) = preflight.run(job())
+    assert "is taken by something that is not lmcache_server" in error
+
+
+def test_controller_is_not_up(job, environment):
+    environment.setenv("LMCACHE_CONFIG_FILE", str(P2P))
+    environment.setenv("LMCACHE_CONTROLLER_PULL_URL", f"localhost:{services.free_port()}")
+    (error,) = preflight.run(job(backend="p2p"))
+    assert "lmcache_controller's pull port" in error
+    assert "start it with: lmcache_controller --host localhost --port 9000 --monitor-ports" in error
+
+
+def test_fewer_devices_than_asked(job):
+    pytest.importorskip("torch")
+    errors = list(preflight._devices(_composed(job, "cuda")))
+    assert errors == ["2 cuda devices asked for, 0 found: set N_DEVICES, or make more visible"]
+
+
+def _composed(job, device):
+    made = job(device=device)
+    assert not list(preflight._compose(made))
+    return made
+
+
+def test_package_missing_and_of_a_wrong_version(monkeypatch):
+    monkeypatch.setattr(versions, "FITS", {"cpu": [{"torch": "==1.0", "no-such-package": ">=1"}]})
+    wrong, missing = versions.problems("cpu")
+    assert wrong.startswith("package torch 2.13.0+cpu does not fit the others, torch==1.0 does: install 'torch==1.0'")
+    assert missing.startswith("package no-such-package is missing: install 'no-such-package>=1'")
+
+
+def test_lmcaches_own_definitions_know_our_configs():
+    definitions = lmcache_config.definitions()
+    for path in (REMOTE, P2P):
+        assert lmcache_config.mistakes(lmcache_config.read(str(path)), definitions, path.name) == []
+
+
+def test_launcher_stops_with_one_line_and_exit_code_2(tmp_path, data, model):
+    port = services.free_port()
+    environment = {
+        **os.environ,
+        "DATA_DIR": str(data),
+        "MODEL_PATH": str(model),
+        "KVSHARE_RUN_DIR": str(tmp_path / "run"),
+        "LMCACHE_REMOTE_URL": f"lm://localhost:{port}",
+    }
+    command = ["bash", str(ROOT / "run_qwen_remote_backend_cpu.sh")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"start it with: lmcache_server localhost {port}" in done.stderr
+    assert not Path(tmp_path / "run" / "run.json").exists()

@@ -1,0 +1,110 @@
+import pytest
+
+from kvshare import report
+from kvshare.errors import UserError
+
+RUN = {"backend": "remote", "device": "cpu", "replicas": 2}
+
+
+def store(replica, policy, *keys, time=0):
+    return {"op": "store", "time": time, "replica": replica, "policy": policy, "keys": list(keys)}
+
+
+def load(replica, policy, *keys, tokens=256, expected=None):
+    sizes = [tokens] * len(keys)
+    expected = sum(sizes) if expected is None else expected
+    return {
+        "op": "load",
+        "time": 1,
+        "replica": replica,
+        "policy": policy,
+        "keys": list(keys),
+        "tokens": sizes,
+        "expected": expected,
+    }
+
+
+def request(replica, policy, prompt, cached=0):
+    return {"op": "request", "time": 2, "replica": replica, "policy": policy, "prompt": prompt, "cached": cached}
+
+
+def tokens(*events):
+    return report.summarize(events, [], RUN)["tokens"]
+
+
+def test_shared_local_and_computed():
+    events = [
+        store(0, "p", 1, 2),
+        request(0, "p", 600),  # computed all of it
+        load(1, "p", 1, 2),
+        request(1, "p", 600, cached=512),  # from replica 0
+        request(1, "p", 600, cached=512),  # from vLLM's own prefix cache
+        load(0, "p", 1, 2),
+        request(0, "p", 600, cached=512),  # its own KV, through LMCache
+    ]
+    assert tokens(*events) == {
+        "prompt": 2400,
+        "computed": 864,
+        "local_hit": 1024,
+        "shared_hit": 512,
+        "unknown_hit": 0,
+        "stale_hit": 0,
+    }
+
+
+def test_load_that_did_not_arrive_is_computed():
+    counted = tokens(store(0, "p", 1, 2), load(1, "p", 1, expected=512), request(1, "p", 600, cached=512))
+    assert counted["shared_hit"] == 256
+    assert counted["computed"] == 344
+
+
+def test_key_of_two_policies_is_stale():
+    counted = tokens(store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 300, cached=256))
+    assert counted["stale_hit"] == 256
+
+
+def test_kv_that_nobody_stored_is_unknown():
+    assert tokens(load(1, "p", 7), request(1, "p", 300, cached=256))["unknown_hit"] == 256
+
+
+def test_amplification_is_per_policy():
+    both = [store(replica, "p0", 1, 2) for replica in (0, 1)]
+    once = [store(0, "p1", 3, 4), load(1, "p1", 3, 4)]
+    result = report.summarize([*both, *once, request(0, "p0", 600), request(1, "p1", 600, 512)], [], RUN)
+    assert result["prefill_amplification"] == 1.5
+    assert [p["prefill_amplification"] for p in result["policy"]] == [2.0, 1.0]
+
+
+def test_mismatch_is_the_worst_step():
+    name, diff = "training/rollout_actor_probs_pearson_corr", "training/rollout_probs_diff_max"
+    metrics = [{"training/global_step": i, name: p, diff: d} for i, p, d in ((1, 1.0, 1e-9), (2, 0.69, 0.2))]
+    result = report.summarize([], metrics, RUN)
+    assert result["mismatch"] == {"pearson_min": 0.69, "probs_diff_max": 0.2}
+    assert result["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([], "No request was recorded"),
+        ([request(0, "p", 100)], "no prompt fills a chunk"),
+        ([store(0, "p", 1), request(0, "p", 300)], "No token was shared"),
+        ([store(0, "p", 1), load(1, "p", 1), request(1, "p", 512, 256)], "50.0% of prompt tokens"),
+        ([store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 512, 256)], "STALE"),
+        ([{"op": "degraded", "time": 0, "replica": 1}], "NOT SHARING: LMCache did not start in replica 1"),
+    ],
+)
+def test_verdict(events, words):
+    assert words in report.verdict(report.summarize(events, [], RUN))
+
+
+def test_report_of_a_killed_run(tmp_path):
+    (tmp_path / "run.json").write_text('{"backend": "remote", "device": "cpu", "replicas": 2}')
+    (tmp_path / "events-0.jsonl").write_text('{"op": "request", "time": 1, "replica": 0, "policy": "p", "pro')
+    assert report.write(tmp_path)["tokens"]["prompt"] == 0
+    assert "remote on cpu, 2 replicas" in (tmp_path / "report.md").read_text()
+
+
+def test_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run\.json"):
+        report.read(tmp_path)

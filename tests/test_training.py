@@ -1,0 +1,20 @@
+"""The main job: verl trains on Ray, two vLLM replicas share KV through a real lmcache_server."""
+
+import json
+
+import pytest
+
+from kvshare.demo import Demo, failures
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gae"])
+def test_two_steps(tmp_path, monkeypatch, estimator):
+    monkeypatch.setenv("ADV_ESTIMATOR", estimator)
+    result = Demo(tmp_path / estimator, ["trainer.total_training_steps=2"]).run()
+    assert failures(result) == []
+    assert result["adv_estimator"] == estimator
+    assert (result["steps"], result["replicas"]) == (2, 2)
+    assert result["prefill_amplification"] < 1.5
+    assert result["tokens"]["unknown_hit"] == 0
+    assert len({p["policy"] for p in result["policy"]}) == 2
+    assert json.loads((tmp_path / estimator / "report.json").read_text()) == result
