@@ -33,6 +33,11 @@ environment=(
   "VERL_FILE_LOGGER_PATH=$run_dir/metrics.jsonl"
 )
 
+runtime_env=() # the same for Ray: a cluster that is up already inherits nothing
+for setting in "${environment[@]}"; do
+  runtime_env+=("+ray_kwargs.ray_init.runtime_env.env_vars.${setting%%=*}='${setting#*=}'")
+done
+
 train=(
   python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k
   "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}"
@@ -45,6 +50,7 @@ train=(
   "data.val_files='$data/test.parquet'"
   "actor_rollout_ref.rollout.router_config_path=${ROUTER:-$here/config/router.yaml}"
   "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='$kv_transfer_config'"
+  "${runtime_env[@]}"
   "$@"
 )
 

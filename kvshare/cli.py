@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -98,10 +97,8 @@ def preflight(
         for error in errors:
             print(f"kvshare preflight: {error}", file=sys.stderr)
         raise typer.Exit(2)
-    about = checks.describe(job)
     if folder := os.environ.get("KVSHARE_RUN_DIR"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+        checks.record(job, Path(folder))
     service = job.facts.get("service", job.lmcache.remote_url)
     print(f"kvshare preflight: ok, {job.replicas} {device} replicas of {job.world_size}, {service}", flush=True)
 

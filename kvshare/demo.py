@@ -137,7 +137,8 @@ def failures(result: dict[str, Any]) -> list[str]:
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line)["data"] for line in lines if line.endswith("}")]
+    data = [json.loads(line)["data"] for line in lines if line.endswith("}")]
+    return [d for d in data if "training/global_step" in d]  # not those of a validation before training
 
 
 def _step(data: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Events from vLLM's worker processes to whoever started the engine, over a zmq socket on this host.
 
 An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load", …}`` (see lmcache_events).
-Sending never blocks and never fails: an event that cannot be sent at once is dropped.
+Sending never blocks and never raises: an event that cannot be sent at once is dropped.
 """
 
 from __future__ import annotations

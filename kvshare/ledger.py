@@ -3,7 +3,7 @@
 Lines of the file (``report.py`` reads them; tokens are counts, keys are LMCache chunk hashes):
 
 * ``{"op": "store", "policy": P, "keys": […]}``
-* ``{"op": "load", "policy": P, "keys": […], "tokens": [per key], "expected": tokens looked up}``
+* ``{"op": "load", "policy": P, "request": R, "keys": […], "tokens": [per key], "expected": tokens promised}``
 * ``{"op": "request", "policy": P, "prompt": tokens, "cached": tokens vLLM did not schedule}``
 
 each with ``time`` (Unix seconds) and ``replica``.
@@ -12,15 +12,20 @@ each with ``time`` (Unix seconds) and ``replica``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import logging
 import time
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from cachetools import LRUCache
+
+logger = logging.getLogger(__name__)
 
 
 def whole_chunks(tokens: int, chunk_size: int) -> int:
@@ -37,19 +42,29 @@ def prefix_digest(prompt_ids: list[int], chunk_size: int) -> str:
 
 
 class Ledger:
-    """Appends to ``<folder>/events-<replica>.jsonl``; writes nothing without a folder."""
+    """Appends to ``<folder>/events-<replica>.jsonl``; writes nothing without a folder, or when it cannot."""
 
     def __init__(self, replica: int, folder: str | None) -> None:
         self._replica = replica
-        self._path = Path(folder) / f"events-{replica}.jsonl" if folder else None
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO | None = None
+        if folder:
+            with self._never_in_the_way():
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self._file = (Path(folder) / f"events-{replica}.jsonl").open("a", buffering=1)
 
     def write(self, op: str, **fields: Any) -> None:
-        if self._path:
+        if self._file:
             line = {"op": op, "time": round(time.time(), 3), "replica": self._replica, **fields}
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self._never_in_the_way():
+                self._file.write(json.dumps(line) + "\n")
+
+    @contextlib.contextmanager
+    def _never_in_the_way(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            logger.error("replica %d keeps no ledger from here on, the report will lack it: %s", self._replica, error)
+            self._file = None
 
 
 @dataclass

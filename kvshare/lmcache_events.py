@@ -91,7 +91,8 @@ def _submit_put(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> Any:
     puts = getattr(Puts.current, "value", None)
     if puts is None or kwargs.get("on_complete_callback"):
         return wrapped(*args, **kwargs)
-    keys = list(args[0] if args else kwargs["keys"])
+    # Keys that another request is putting already are skipped by LMCache, without a call back.
+    keys = [key for key in (args[0] if args else kwargs["keys"]) if not backend.exists_in_put_tasks(key)]
 
     def sent(key: Any) -> None:
         """lm:// does not acknowledge a put: ask for the last key, on the same connection."""

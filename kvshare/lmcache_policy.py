@@ -90,6 +90,11 @@ def mend_connector(module: Any) -> None:
     wrap(module, "LMCacheConnectorV1.reset_cache", _reset_cache)
 
 
+def mend_dynamic_connector(module: Any) -> None:
+    """LMCache's own connector class, which LMCache-Ascend's derives from: the same."""
+    wrap(module, "LMCacheConnectorV1Dynamic.reset_cache", _reset_cache)
+
+
 def _reset_cache(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> bool:
     """Start a new policy for this engine.
 

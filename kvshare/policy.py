@@ -22,14 +22,9 @@ MAX_MODEL_NAME = 64
 """Characters of a model name left as they are in a key; with it every lm:// key is far below 150."""
 
 
-def run_id(session: str, job: str) -> str:
-    """Id of one training run: 16 hex digits, the same in all its processes, never used again.
-
-    Args:
-        session: Ray's session name, unique to one Ray cluster instance.
-        job: Ray's job id, unique within the cluster.
-    """
-    return hashlib.sha256(f"{session}\0{job}".encode()).hexdigest()[:16]
+def new_run() -> str:
+    """Id of a training run: 16 random hex digits. Whoever starts the replicas draws it, once, for all of them."""
+    return uuid4().hex[:16]
 
 
 def policy_id(run: str, step: int) -> str:

@@ -55,7 +55,7 @@ def run(job: Job) -> list[str]:
     errors = list(_packages(job))
     if errors:
         return errors
-    for stage in ((_compose, _lmcache), (_plugins, _devices, _model, _data, _connector, _service, _estimator)):
+    for stage in ((_compose, _lmcache), (_plugins, _devices, _model, _data, _connector, _router, _service, _estimator)):
         for check in stage:
             errors += _collect(check, job)
         if errors:
@@ -69,6 +69,8 @@ def _collect(check: Callable[[Job], Iterator[str]], job: Job) -> list[str]:
         found += list(check(job))
     except UserError as error:
         found.append(str(error))
+    except Exception as error:  # a value nobody thought of: one line all the same
+        found.append(f"check of {check.__name__.strip('_')} failed: {type(error).__name__}: {_one_line(error)}")
     return found
 
 
@@ -125,10 +127,23 @@ def _lmcache(job: Job) -> Iterator[str]:
     job.lmcache = lmcache_config.effective(path)
     if job.device == "cpu" and job.lmcache.chunk_size % CPU_BLOCK_SIZE:
         yield f"chunk_size {job.lmcache.chunk_size} is not a multiple of {CPU_BLOCK_SIZE}, vLLM's block size on CPU"
+    for option in ("use_layerwise", "enable_blending"):
+        if getattr(job.lmcache, option):
+            yield f"{path}: {option}: true makes LMCache drop the policy of a request: set it to false"
+    if job.config.trainer.nnodes > 1:
+        yield from _localhost(job)
     if job.backend == "remote" and not job.lmcache.remote_url:
         yield f"{path} has no remote_url, so nothing would be shared: set it, e.g. lm://localhost:65432"
     if job.backend == "p2p" and not (job.lmcache.enable_p2p and job.lmcache.enable_controller):
         yield f"{path}: the p2p backend needs enable_p2p: true and enable_controller: true"
+
+
+def _localhost(job: Job) -> Iterator[str]:
+    keys = ("remote_url",) if job.backend == "remote" else ("p2p_host", "controller_pull_url", "controller_reply_url")
+    for key in keys:
+        value = str(getattr(job.lmcache, key))
+        if "localhost" in value or "127.0.0.1" in value:
+            yield f"{key} {value} is this machine only, the job has {job.config.trainer.nnodes} nodes: give its address"
 
 
 def _plugins(job: Job) -> Iterator[str]:
@@ -213,6 +228,12 @@ def _connector(job: Job) -> Iterator[str]:
         yield 'kv_transfer_config lacks "kv_load_failure_policy": "recompute": a failed load would fail the request'
 
 
+def _router(job: Job) -> Iterator[str]:
+    path = job.rollout.router_config_path
+    if path and not Path(path).is_file():
+        yield f"router config {path} does not exist: set ROUTER to one that does, or to null for verl's own routing"
+
+
 def _service(job: Job) -> Iterator[str]:
     if job.backend == "remote":
         if str(job.lmcache.remote_url).startswith("lm://"):
@@ -238,6 +259,14 @@ def _estimator(job: Job) -> Iterator[str]:
     estimator = job.config.algorithm.adv_estimator
     if estimator not in ESTIMATORS:
         yield f"ADV_ESTIMATOR {estimator!r} is not one verl knows: use grpo, or gae for PPO with a critic"
+
+
+def record(job: Job, folder: Path) -> None:
+    """Write ``run.json``, which the report needs, and clear what an earlier run left in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("events-*.jsonl"):
+        old.unlink()
+    (folder / "run.json").write_text(json.dumps(describe(job), indent=2) + "\n")
 
 
 def describe(job: Job) -> dict[str, Any]:

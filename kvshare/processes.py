@@ -29,12 +29,15 @@ class Processes:
         self._children: list[subprocess.Popen] = []
 
     def __enter__(self) -> Processes:
-        self._previous = signal.signal(signal.SIGTERM, _as_interrupt)
+        self._previous = {number: signal.signal(number, _as_interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number in (*self._previous, signal.SIGINT):  # a second Ctrl-C must not stop the ending
+            signal.signal(number, signal.SIG_IGN)
         self.end()
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in {**self._previous, signal.SIGINT: signal.default_int_handler}.items():
+            signal.signal(number, handler)
 
     def start(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
         """Start ``command`` with its output going to ``log``."""
@@ -68,10 +71,11 @@ class Processes:
 
     def _marked(self) -> list[psutil.Process]:
         name, value = self._mark
+        ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if process.pid != os.getpid() and process.environ().get(name) == value:
+                if process.pid not in ours and process.environ().get(name) == value:
                     found.append(process)
         return found
 

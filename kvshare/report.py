@@ -28,7 +28,7 @@ def summarize(events: Iterable[Event], metrics: Iterable[dict[str, Any]], run: d
     stored under another policy. ``prefill_amplification``: chunks that replicas computed over
     distinct chunks computed; 1.0 is perfect sharing; None if no prompt filled a chunk.
     """
-    events = list(events)
+    events = list(_first_loads(events))
     stored_by = _stored_by(events)
     replicas = range(max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0))
     steps = [m for m in metrics if "training/global_step" in m]
@@ -42,10 +42,10 @@ def summarize(events: Iterable[Event], metrics: Iterable[dict[str, Any]], run: d
         "policy": [
             {
                 "policy": policy,
-                **_tokens([e for e in events if e.get("policy") == policy], stored_by),
-                "prefill_amplification": _amplification(stored_by, policy),
+                **_tokens(of_policy, stored_by),
+                "prefill_amplification": _amplification(_stored_by(of_policy)),
             }
-            for policy in _policies(events)
+            for policy, of_policy in _by_policy(events).items()
         ],
         "mismatch": {
             "pearson_min": _extreme(min, steps, "training/rollout_actor_probs_pearson_corr"),
@@ -55,6 +55,18 @@ def summarize(events: Iterable[Event], metrics: Iterable[dict[str, Any]], run: d
         "step_seconds": [m.get("timing_s/step") for m in steps],
         "degraded": sorted({e["replica"] for e in events if e["op"] == "degraded"}),
     }
+
+
+def _first_loads(events: Iterable[Event]) -> Iterable[Event]:
+    """A preempted request loads again; vLLM counts its prompt once."""
+    seen = set()
+    for event in events:
+        if event["op"] == "load" and event.get("request"):
+            load = event["replica"], event["request"]
+            if load in seen:
+                continue
+            seen.add(load)
+        yield event
 
 
 def _stored_by(events: list[Event]) -> dict[int, set[tuple[int, str]]]:
@@ -93,16 +105,19 @@ def _origin(stored_by: set[tuple[int, str]], replica: int) -> str:
     return "local_hit" if any(r == replica for r, _ in stored_by) else "shared_hit"
 
 
-def _amplification(stored_by: dict[int, set[tuple[int, str]]], policy: str | None = None) -> float | None:
-    """Over all policies, or one."""
-    by = [{r for r, p in who if policy in (None, p)} for who in stored_by.values()]
-    distinct = sum(1 for replicas in by if replicas)
-    return round(sum(len(replicas) for replicas in by) / distinct, 3) if distinct else None
+def _amplification(stored_by: dict[int, set[tuple[int, str]]]) -> float | None:
+    """Replicas that computed a chunk, on average over (chunk, policy)."""
+    distinct = sum(len({policy for _, policy in who}) for who in stored_by.values())
+    return round(sum(map(len, stored_by.values())) / distinct, 3) if distinct else None
 
 
-def _policies(events: list[Event]) -> list[str]:
-    """In the order of their first request."""
-    return list(dict.fromkeys(e["policy"] for e in sorted(events, key=lambda e: e["time"]) if e.get("policy")))
+def _by_policy(events: list[Event]) -> dict[str, list[Event]]:
+    """Events of each policy in the order of their first one; private policies together."""
+    groups: dict[str, list[Event]] = defaultdict(list)
+    for event in sorted(events, key=lambda e: e["time"]):
+        if name := event.get("policy"):
+            groups["private" if name.startswith("private-") else name].append(event)
+    return groups
 
 
 def _extreme(choose: Any, steps: list[dict[str, Any]], name: str) -> float | None:

@@ -59,16 +59,23 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             group = self._groups[prefix] = Group(leader=request_id)
         group.members += 1
         self._prefix_of[request_id] = prefix
-        if group.leader == request_id:
+        try:
+            if group.leader != request_id:
+                await self._hold(group)
+                return super().acquire_server(request_id)
             self._counts["leaders"] += 1
             server_id, server = super().acquire_server(request_id)
             self._watch(group, server, prefix)
             return server_id, server
-        await self._hold(group)
-        return super().acquire_server(request_id)
+        except BaseException:  # no server, or the caller is gone: there will be no release
+            self._leave(request_id)
+            raise
 
     def release_server(self, server_id: str, request_id: str | None = None) -> None:
         super().release_server(server_id, request_id)
+        self._leave(request_id)
+
+    def _leave(self, request_id: str | None) -> None:
         prefix = self._prefix_of.pop(request_id or "", None)
         group = self._groups.get(prefix or "")
         if group is None:
@@ -82,7 +89,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
     def _watch(self, group: Group, server: Any, prefix: str) -> None:
         async def watch() -> None:
             try:
-                await server.wait_prefix_stored.remote(prefix)
+                await server.wait_prefix_stored.remote(prefix, self._hold_seconds)
             finally:  # a server that died stores nothing either
                 group.stored.set()
 

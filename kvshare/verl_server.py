@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -25,19 +26,23 @@ RUN_DIR = "KVSHARE_RUN_DIR"
 WEIGHT_UPDATES = {"update_weights_from_ipc", "start_weight_update"}
 """Worker methods that start to replace the weights (verl 0.9.1, vllm_rollout.py)."""
 
+RUN = policy.new_run()
+"""Drawn in the process that starts the replicas; each server gets it with its class."""
+
 READY_SECONDS = 10
 """How long to wait, after the engine is up, for LMCache to say that it is."""
 
 
 class KVShareServer(vLLMHttpServer):
+    run: str  # set by _server_class
+
     def __init__(self, *, replica_rank: int, **kwargs: Any) -> None:
         self._events = events.Receiver()
         self._prefixes = StoredPrefixes()
         self._ready = asyncio.Event()
         self._updating = False
+        self._before_first_update = policy.private_policy()
         self._ledger = Ledger(replica_rank, os.environ.get(RUN_DIR))
-        context = ray.get_runtime_context()
-        self._run = policy.run_id(context.get_session_name(), context.get_job_id())
         os.environ[events.ADDRESS] = self._events.address  # inherited by the engine's processes
         super().__init__(replica_rank=replica_rank, **kwargs)
         self._chunk_size = self._own_lmcache_config()
@@ -76,12 +81,14 @@ class KVShareServer(vLLMHttpServer):
     def policy(self) -> str:
         """The policy of the weights in this engine now.
 
-        While it is not known (before the first update, and from the start of an update to its end,
-        also when it fails half-way) every request gets a policy of its own.
+        Until the first update nobody else has it. From the start of an update to its end, also when
+        it fails half-way, the weights are unknown and each request gets a policy of its own.
         """
-        if self._updating or self.global_steps is None:
+        if self._updating:
             return policy.private_policy()
-        return policy.policy_id(self._run, self.global_steps)
+        if self.global_steps is None:
+            return self._before_first_update
+        return policy.policy_id(self.run, self.global_steps)
 
     async def collective_rpc(self, method: str | Callable, *args: Any, **kwargs: Any) -> None:
         if method in WEIGHT_UPDATES:
@@ -100,7 +107,8 @@ class KVShareServer(vLLMHttpServer):
         """
 
         async def stamped(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
-            stamp = self.policy
+            lora = kwargs.get("lora_request")
+            stamp = f"{self.policy}+{lora.lora_name}" if lora else self.policy
             prompt = _salted(prompt, stamp)
             _tag(sampling_params, stamp, request_id)
             self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
@@ -132,7 +140,7 @@ class KVShareServer(vLLMHttpServer):
     async def _record_events(self) -> None:
         while True:
             event = await self._events.receive()
-            op, request = event.pop("op"), event.pop("request", None)
+            op, request = event.pop("op"), event.get("request") or ""
             if op == "ready":
                 self._ready.set()
             elif op == "stored":
@@ -142,9 +150,10 @@ class KVShareServer(vLLMHttpServer):
                     self._prefixes.storing(request)
                 self._ledger.write(op, **event)
 
-    async def wait_prefix_stored(self, prefix: str) -> None:
-        """Return once other replicas can find the prefix (see ``prefix_digest``) under this policy."""
-        await self._prefixes.event(self.policy, prefix).wait()
+    async def wait_prefix_stored(self, prefix: str, seconds: float) -> None:
+        """Return once other replicas can find the prefix (see ``prefix_digest``), at the latest after ``seconds``."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._prefixes.event(self.policy, prefix).wait(), seconds)
 
     def _get_worker_extension_cls(self) -> str:
         return "kvshare.verl_cpu_worker.CPUWorkerExtension" if is_cpu() else super()._get_worker_extension_cls()
@@ -164,7 +173,16 @@ def _tag(sampling_params: Any, stamp: str, request_id: str) -> None:
     sampling_params.extra_args = {**extra, "kv_transfer_params": params}
 
 
+def _server_class(run: str) -> type:
+    class RunServer(KVShareServer):  # local, so that Ray ships it with its run
+        pass
+
+    RunServer.run = run
+    return RunServer
+
+
 class KVShareReplica(vLLMReplica):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.server_class = ray.remote(KVShareServer)
+        if not (self.is_reward_model or self.is_teacher_model):  # their weights do not follow global_steps
+            self.server_class = ray.remote(_server_class(RUN))

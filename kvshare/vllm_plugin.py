@@ -22,6 +22,7 @@ _HOOKS = {
     "lmcache.v1.token_database": "kvshare.lmcache_policy:mend_token_database",
     "lmcache.integration.vllm.vllm_v1_adapter": "kvshare.lmcache_policy:mend_adapter",
     "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector": "kvshare.lmcache_policy:mend_connector",
+    "lmcache.integration.vllm.lmcache_connector_v1": "kvshare.lmcache_policy:mend_dynamic_connector",
     "lmcache.v1.gpu_connector": "kvshare.lmcache_cpu:mend_gpu_connector",
     "lmcache.v1.cache_engine": "kvshare.lmcache_events:mend_cache_engine",
     "lmcache.v1.storage_backend.remote_backend": "kvshare.lmcache_events:mend_remote_backend",

@@ -73,5 +73,8 @@ def test_ledger_writes_lines(tmp_path):
     assert (line["op"], line["replica"], line["keys"]) == ("store", 3, [1])
 
 
-def test_ledger_without_a_folder_writes_nothing():
+def test_ledger_that_cannot_write_is_in_nobodys_way(tmp_path):
     Ledger(0, None).write("store")
+    (tmp_path / "file").write_text("")
+    Ledger(0, str(tmp_path / "file")).write("store")
+    Ledger(0, "/dev/full/x").write("store")

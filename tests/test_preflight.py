@@ -69,6 +69,10 @@ BAD_OVERRIDES = {
     "actor_rollout_ref.model.path=nobody/nothing": "model nobody/nothing is not in the local",
     "data.train_files=/no/train.parquet": "data.train_files: /no/train.parquet does not exist: make it with kvshare",
     f"data.val_files={REMOTE}": "is not a parquet file",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=0": "ZeroDivisionError",
+    "data.train_files=null": "check of data failed",
+    "actor_rollout_ref.rollout.router_config_path=/no/router.yaml": "router config /no/router.yaml does not exist",
+    "trainer.nnodes=2": "is this machine only, the job has 2 nodes",
     "algorithm.adv_estimator=grop": "ADV_ESTIMATOR 'grop' is not one verl knows",
     f"{KV}null": "names no LMCache connector",
     f"{KV}'[nonsense'": "kv_transfer_config is not a JSON object",
@@ -96,6 +100,7 @@ BAD_YAML = {
     "max_local_cpu_size: lots": "max_local_cpu_size is 'lots', must be number",
     "lmcache_worker_ports: [a, b]": "must be a list of integers",
     "extra_config: x=1": "must be a mapping",
+    "use_layerwise: true": "use_layerwise: true makes LMCache drop the policy",
     "chunk_size: 200": "chunk_size 200 is not a multiple of 128",
     "remote_url: http://localhost:1": "LMCache config",
 }

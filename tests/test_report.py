@@ -58,6 +58,12 @@ def test_load_that_did_not_arrive_is_computed():
     assert counted["computed"] == 344
 
 
+def test_preempted_request_counts_once():
+    again = {**load(1, "p", 1), "request": "r"}
+    counted = tokens(store(0, "p", 1), again, again, request(1, "p", 300, cached=256))
+    assert (counted["shared_hit"], counted["computed"]) == (256, 44)
+
+
 def test_key_of_two_policies_is_stale():
     counted = tokens(store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 300, cached=256))
     assert counted["stale_hit"] == 256
