@@ -1,0 +1,52 @@
+"""Nothing that was started outlives its Processes, however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from kvshare.processes import Processes
+
+# A child that starts a daemon in a session of its own, as Ray does, and then waits.
+DAEMON = (
+    "import subprocess, sys, time; "
+    "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); "
+    "print(p.pid, flush=True); time.sleep(600)"
+)
+
+
+def _pid(log) -> int:
+    while not log.read_text().strip():
+        time.sleep(0.05)
+    return int(log.read_text())
+
+
+def test_daemons_end_too(tmp_path):
+    log = tmp_path / "log"
+    with Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
+        child = processes.start([sys.executable, "-c", DAEMON], log)
+        daemon = _pid(log)
+        assert psutil.pid_exists(daemon)
+    assert child.poll() is not None
+    assert not psutil.pid_exists(daemon)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_everything(tmp_path, number):
+    log = tmp_path / "log"
+    code = (
+        "import sys, time; from pathlib import Path; from kvshare.processes import Processes\n"
+        f"with Processes(('KVSHARE_TEST_MARK', {str(tmp_path)!r})) as processes:\n"
+        f"    processes.start([sys.executable, '-c', {DAEMON!r}], Path({str(log)!r}))\n"
+        "    time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    log.touch()
+    daemon = _pid(log)
+    os.kill(parent.pid, number)
+    assert parent.wait(60) != 0
+    assert not psutil.pid_exists(daemon)
