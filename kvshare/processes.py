@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +31,8 @@ class Processes:
         self._children: list[subprocess.Popen] = []
 
     def __enter__(self) -> Processes:
+        self._began = time.time()
+        self._temporary = tempfile.mkdtemp(prefix="kvshare-")
         self._previous = {number: signal.signal(number, _as_interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         return self
 
@@ -41,7 +45,7 @@ class Processes:
 
     def start(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
         """Start ``command`` with its output going to ``log``."""
-        marked = {**os.environ, **(env or {}), self._mark[0]: self._mark[1]}
+        marked = {**os.environ, **(env or {}), self._mark[0]: self._mark[1], "TMPDIR": self._temporary}
         with open(log, "wb") as out:
             child = subprocess.Popen(
                 command,
@@ -68,6 +72,10 @@ class Processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=GRACE)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        for orphan in _orphaned_memory(self._began):
+            with contextlib.suppress(OSError):
+                orphan.unlink()
 
     def _marked(self) -> list[psutil.Process]:
         name, value = self._mark
@@ -78,6 +86,16 @@ class Processes:
                 if process.pid not in ours and process.environ().get(name) == value:
                     found.append(process)
         return found
+
+
+def _orphaned_memory(since: float) -> list[Path]:
+    """Shared memory made since then that no process maps: vLLM's, when Ray kills an engine."""
+    mapped = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            mapped |= {m.path.removesuffix(" (deleted)") for m in process.memory_maps() if "/psm_" in m.path}
+    blocks = [(path, path.stat()) for path in Path("/dev/shm").glob("psm_*")]
+    return [p for p, s in blocks if s.st_uid == os.getuid() and s.st_ctime >= since and str(p) not in mapped]
 
 
 def _signal_group(pid: int, number: int) -> None:

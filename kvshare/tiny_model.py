@@ -50,7 +50,10 @@ def _tokenizer(seed: int):  # type: ignore[no-untyped-def]
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=2048,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     corpus = (text for p in itertools.islice(problems(seed), 2000) for text in p.values())
     bpe.train_from_iterator(corpus, trainer)

@@ -174,11 +174,8 @@ def _tag(sampling_params: Any, stamp: str, request_id: str) -> None:
 
 
 def _server_class(run: str) -> type:
-    class RunServer(KVShareServer):  # local, so that Ray ships it with its run
-        pass
-
-    RunServer.run = run
-    return RunServer
+    """A class of its own for each run, so that Ray ships it by value and with it the run."""
+    return type("KVShareServer", (KVShareServer,), {"run": run})
 
 
 class KVShareReplica(vLLMReplica):

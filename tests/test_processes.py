@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
+from pathlib import Path
 
 import psutil
 import pytest
@@ -50,3 +52,21 @@ def test_signals_end_everything(tmp_path, number):
     os.kill(parent.pid, number)
     assert parent.wait(60) != 0
     assert not psutil.pid_exists(daemon)
+
+
+def test_orphaned_shared_memory_is_freed(tmp_path):
+    """What a killed child leaves in /dev/shm goes, what a living process maps stays."""
+    code = (
+        "from multiprocessing import shared_memory, resource_tracker as t; import os, signal\n"
+        "m = shared_memory.SharedMemory(create=True, size=4096); t.unregister(m._name, 'shared_memory')\n"
+        "print(m.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
+        ours = shared_memory.SharedMemory(create=True, size=4096)
+        processes.start([sys.executable, "-c", code], tmp_path / "log").wait()
+        orphan = Path("/dev/shm") / (tmp_path / "log").read_text().strip()
+        assert orphan.exists()
+    assert not orphan.exists()
+    assert Path("/dev/shm", ours.name).exists()
+    ours.close()
+    ours.unlink()
