@@ -33,5 +33,12 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/shellcheck *.sh .ci/run
 
+# The lock, after a change of cpu.in; what is left out is CUDA's, or does not load with torch's CPU build.
+LEFT_OUT := torchvision torchaudio torchcodec cupy-cuda13x cuda-python cuda-core cuda-bindings cuda-pathfinder cufile-python nvtx
+requirements/cpu.txt: requirements/cpu.in
+	grep '^#\|^\./' $@ > $@.head && uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
+	  $(addprefix --no-emit-package ,$(LEFT_OUT) nixl-cu13) $< | grep -v '^#' | cat $@.head - > $@.new
+	mv $@.new $@ && rm $@.head
+
 clean:
 	rm -rf .venv outputs

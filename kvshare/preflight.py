@@ -127,6 +127,8 @@ def _lmcache(job: Job) -> Iterator[str]:
     job.lmcache = lmcache_config.effective(path)
     if job.device == "cpu" and job.lmcache.chunk_size % CPU_BLOCK_SIZE:
         yield f"chunk_size {job.lmcache.chunk_size} is not a multiple of {CPU_BLOCK_SIZE}, vLLM's block size on CPU"
+    if job.backend == "p2p" and job.lmcache.transfer_channel == "nixl" and not find_spec("nixl"):
+        yield f"package nixl, the P2P transport, is missing: pip install nixl ({versions.requirements(job.device)})"
     for option in ("use_layerwise", "enable_blending"):
         if getattr(job.lmcache, option):
             yield f"{path}: {option}: true makes LMCache drop the policy of a request: set it to false"

@@ -38,10 +38,12 @@ def _misfits(row: Row, device: str) -> list[str]:
         try:
             found = version(package)
         except PackageNotFoundError:
-            out.append(f"package {package} is missing: install {_requirement(package, wanted)} ({_file(device)})")
+            out.append(
+                f"package {package} is missing: install {_requirement(package, wanted)} ({requirements(device)})"
+            )
             continue
         if not SpecifierSet(wanted).contains(found, prereleases=True):
-            fix = f"install {_requirement(package, wanted)} ({_file(device)})"
+            fix = f"install {_requirement(package, wanted)} ({requirements(device)})"
             out.append(f"package {package} {found} does not fit the others, {package}{wanted} does: {fix}")
     return out
 
@@ -50,5 +52,5 @@ def _requirement(package: str, wanted: str) -> str:
     return f"'{package}{wanted}'"
 
 
-def _file(device: str) -> str:
+def requirements(device: str) -> str:
     return f"requirements/{'gpu' if device == 'cuda' else device}.txt"
