@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo install test lint clean
+.PHONY: demo install test lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -34,11 +34,12 @@ lint: .venv/dev
 	$(BIN)/shellcheck *.sh .ci/run
 
 # The lock, after a change of cpu.in; what is left out is CUDA's, or does not load with torch's CPU build.
-LEFT_OUT := torchvision torchaudio torchcodec cupy-cuda13x cuda-python cuda-core cuda-bindings cuda-pathfinder cufile-python nvtx
-requirements/cpu.txt: requirements/cpu.in
-	grep '^#\|^\./' $@ > $@.head && uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
-	  $(addprefix --no-emit-package ,$(LEFT_OUT) nixl-cu13) $< | grep -v '^#' | cat $@.head - > $@.new
-	mv $@.new $@ && rm $@.head
+LEFT_OUT := torchvision torchaudio torchcodec cupy-cuda13x cuda-python cuda-core cuda-bindings cuda-pathfinder \
+  cufile-python nvtx nixl-cu13
+lock:
+	{ grep '^#\|^\./' requirements/cpu.txt; uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
+	  $(addprefix --no-emit-package ,$(LEFT_OUT)) requirements/cpu.in | grep -v '^#'; } > cpu.lock
+	mv cpu.lock requirements/cpu.txt
 
 clean:
 	rm -rf .venv outputs
