@@ -16,6 +16,7 @@ from types import TracebackType
 import psutil
 
 GRACE = 15  # seconds between the polite signal and the other one
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Processes:
@@ -33,14 +34,14 @@ class Processes:
     def __enter__(self) -> Processes:
         self._began = time.time()
         self._temporary = tempfile.mkdtemp(prefix="kvshare-")
-        self._previous = {number: signal.signal(number, _as_interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._previous = {number: signal.signal(number, _as_interrupt) for number in ENDING}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number in (*self._previous, signal.SIGINT):  # a second Ctrl-C must not stop the ending
+        for number in ENDING:  # a second Ctrl-C must not stop the ending
             signal.signal(number, signal.SIG_IGN)
         self.end()
-        for number, handler in {**self._previous, signal.SIGINT: signal.default_int_handler}.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def start(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
