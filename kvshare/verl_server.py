@@ -161,7 +161,10 @@ class KVShareServer(vLLMHttpServer):
 
 def _salted(prompt: Any, stamp: str) -> dict[str, Any]:
     """The prompt with the policy in its ``cache_salt``, which vLLM's own prefix cache keys on."""
-    fields = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+    if isinstance(prompt, Mapping):
+        fields = dict(prompt)
+    else:  # vLLM also takes bare text and bare token ids
+        fields = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
     salt = fields.get("cache_salt")
     return {**fields, "cache_salt": f"{stamp}.{salt}" if salt else stamp}
 

@@ -1,0 +1,72 @@
+"""What each request carries to the engine: real verl and vLLM classes, no process."""
+
+import asyncio
+
+import pytest
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+from kvshare import events, policy
+from kvshare.verl_server import KVShareServer, _salted, _server_class, _tag
+
+
+@pytest.fixture
+def server():
+    """A server before its engine starts; the policy needs no more."""
+    made = _server_class("0123456789abcdef").__new__(_server_class("0123456789abcdef"))
+    made.global_steps, made._updating, made._before_first_update = None, False, policy.private_policy()
+    return made
+
+
+def test_policy_through_an_update(server, monkeypatch):
+    async def nothing(*args, **kwargs): ...
+
+    monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", nothing)
+    before = server.policy
+    assert before == server.policy  # its own until the first update
+    asyncio.run(server.set_global_steps(3))
+    assert server.policy == "0123456789abcdef-3"
+    asyncio.run(server.collective_rpc("update_weights_from_ipc"))
+    assert server.policy != server.policy  # unknown: one for each request
+    asyncio.run(server.set_global_steps(4))
+    assert server.policy == "0123456789abcdef-4"
+
+
+@pytest.mark.parametrize("prompt", ["text", [1, 2], {"prompt_token_ids": [1, 2]}])
+def test_every_kind_of_prompt_is_salted(prompt):
+    assert _salted(prompt, "p")["cache_salt"] == "p"
+
+
+def test_users_own_salt_stays_apart():
+    assert _salted({"prompt": "x", "cache_salt": "mine"}, "p")["cache_salt"] == "p.mine"
+
+
+def test_tag_keeps_what_was_there():
+    params = SamplingParams(extra_args={"other": 1, "kv_transfer_params": {"a": 2}})
+    _tag(params, "p", "r")
+    assert params.extra_args == {"other": 1, "kv_transfer_params": {"a": 2, policy.TAG: "p", events.REQUEST: "r"}}
+
+
+def test_adapter_is_part_of_the_policy(server):
+    """The stamp of a request with a LoRA adapter differs from one without."""
+    server._prefixes = server._ledger = server._ready = _Anything()
+    server._chunk_size = 256
+    stamps = []
+
+    async def generate(prompt, sampling_params, request_id, **kwargs):
+        stamps.append(prompt["cache_salt"])
+        return
+        yield
+
+    async def ask(**kwargs):
+        async for _ in server._stamping(generate)([1], SamplingParams(), "r", **kwargs):
+            pass
+
+    asyncio.run(ask())
+    asyncio.run(ask(lora_request=LoRARequest("adapter", 1, "/path")))
+    assert stamps[1] == stamps[0] + "+adapter"
+
+
+class _Anything:
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
