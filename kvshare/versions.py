@@ -1,4 +1,4 @@
-"""Versions that fit together, by device; each row was seen working or is verl's own pin."""
+"""Versions that fit together, by device. Only the CPU row has been run; the others follow the projects' own metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FITS: dict[str, list[Row]] = {
     ],
     "cuda": [
         # verl 0.9.1's own pins; LMCache's wheels from 0.5.4 do not load their CUDA code with torch 2.11.
-        {"torch": "==2.11.*", "vllm": "==0.24.*", "lmcache": ">=0.5.2,<=0.5.6", "transformers": "<5.11", **VERL},
+        {"torch": "==2.11.*", "vllm": "==0.24.*", "lmcache": ">=0.5.2,<=0.5.3", "transformers": "<5.11", **VERL},
         {"torch": "==2.13.*", "vllm": ">=0.27,<0.29", "lmcache": ">=0.5.4,<=0.5.6", "transformers": "<5.11", **VERL},
     ],
     "npu": [
