@@ -1,4 +1,4 @@
-"""Versions that fit together, by device. Only the CPU row has been run; the others follow the projects' own metadata."""
+"""Versions that fit together, by device. Only the CPU row has been run; the others are by metadata."""
 
 from __future__ import annotations
 
