@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo install test lint lock clean
+.PHONY: demo install test freshness lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -27,6 +27,10 @@ install: .venv/installed
 
 test: .venv/dev
 	$(BIN)/pytest
+
+# The A/B of docs/freshness.md under verl, about 20 minutes.
+freshness: .venv/dev
+	$(BIN)/pytest -s tests/freshness.py
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

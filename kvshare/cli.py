@@ -104,11 +104,16 @@ def preflight(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="KVSHARE_RUN_DIR of the run.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="KVSHARE_RUN_DIR of the run.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="That of a run without a connector: the noise floor of the mismatch.")
+    ] = None,
+) -> None:
     """Write report.json and report.md of a run, and print what was shared."""
     from kvshare import report as reports
 
-    _print_report(reports.write(run), run)
+    _print_report(reports.write(run, baseline), run)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -136,7 +141,7 @@ def demo(
 def _print_report(report: dict, run: Path) -> None:
     from rich.table import Table
 
-    from kvshare.report import verdict
+    from kvshare.report import facts, verdict
 
     columns = ("prompt", "computed", "local_hit", "shared_hit", "stale_hit")
     table = Table(title=f"KV sharing: {report.get('backend')} on {report.get('device')}, {report['steps']} steps")
@@ -147,8 +152,8 @@ def _print_report(report: dict, run: Path) -> None:
         table.add_row(f"replica {replica['rank']}", *(f"{replica[name]:,}" for name in columns))
     table.add_row("all", *(f"{report['tokens'][name]:,}" for name in columns), style="bold")
     out.print(table)
-    out.print(f"prefill amplification      {report['prefill_amplification']}  (1.0: each prefix computed once)")
-    out.print(f"rollout/actor correlation  {report['mismatch']['pearson_min']}  (lowest of all steps)")
+    for name, value in facts(report).items():
+        out.print(f"{name:38}{value}", soft_wrap=True)
     out.print(verdict(report))
     out.print(f"report: {run / 'report.json'}, {run / 'report.md'}", soft_wrap=True)
 

@@ -58,11 +58,10 @@ class Demo:
         self._clean()
         self._prepare()
         with Processes(("KVSHARE_RUN_DIR", str(self.folder))) as processes:
-            address = self._server(processes)
             environment = {
                 **QUIET,
                 "LMCACHE_LOG_LEVEL": "INFO",
-                "LMCACHE_REMOTE_URL": f"lm://{address}",
+                "LMCACHE_REMOTE_URL": os.environ.get("LMCACHE_REMOTE_URL") or self._server(processes),
                 "DATA_DIR": str(self.folder / "data"),
                 "MODEL_PATH": str(self.folder / "model"),
                 "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
@@ -95,7 +94,7 @@ class Demo:
         except services.NotStarted as error:
             raise DemoFailed(str(error), log) from None
         self.say(f"lmcache_server is up at {address}; log: {log}")
-        return address
+        return f"lm://{address}"
 
     def _follow(self, training: subprocess.Popen) -> Iterator[str]:
         """What happens, as it happens, until training ends."""

@@ -1,10 +1,7 @@
-"""Puts the policy into LMCache's keys and makes ``reset_cache()`` of its vLLM connector real.
+"""Puts the policy into LMCache's keys.
 
-What is mended (LMCache 0.5.6, in-process connector; measured in docs/how-it-works.md):
-
-* keys hold no trace of the weights, so KV of the old policy is served after every weight update;
-* ``LMCacheConnectorV1`` has no ``reset_cache``: vLLM's ``reset_prefix_cache(reset_connector=True)``,
-  which verl calls after each update, does nothing and reports success.
+LMCache's keys hold no trace of the weights, so its in-process connector serves KV of the old policy
+after every weight update (LMCache 0.5.6; measured in docs/freshness.md).
 
 Scheduler process: each request gets a policy (the one it was stamped with, or this engine's own).
 Worker process: the policy is folded into the chunk hash wherever LMCache makes a key.
@@ -15,7 +12,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kvshare import policy
+import psutil
+
+from kvshare import policy, weights
 from kvshare.upstream import wrap
 
 
@@ -23,13 +22,19 @@ class EnginePolicy:
     """What the scheduler process of one engine knows about its own weights."""
 
     def __init__(self) -> None:
-        # Requests that carry no policy share with every engine of the same model until the first
-        # reset. After it nobody can tell whose weights these are: they share with this engine only.
-        self.unstamped = ""
+        self.own = policy.private_policy()
+        # Requests that carry no policy share with every engine that loaded the same files, until the
+        # first reset. After it nobody can tell whose weights these are: they share with this engine only.
+        self.unstamped = self.own
         self.reset_at = 0.0
 
+    def loaded(self, model_config: Any) -> None:
+        """The engine has loaded its first weights."""
+        started = psutil.Process().create_time()
+        self.unstamped = weights.fingerprint(model_config.model, model_config.revision, started) or self.own
+
     def reset(self) -> None:
-        self.unstamped = policy.private_policy()
+        self.own = self.unstamped = policy.private_policy()
         self.reset_at = time.time()
 
 
@@ -55,53 +60,43 @@ def _make_key(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
 def mend_adapter(module: Any) -> None:
     """Requests: give each one a policy, and keep those in flight across a reset to themselves."""
     wrap(module, "extract_request_configs", _with_policy, "sampling_params")
-    wrap(module, "LMCacheConnectorV1Impl.get_num_new_matched_tokens", _keep_late_private, "request")
+    wrap(module, "LMCacheConnectorV1Impl.__init__", _init, "vllm_config", "role", "parent")
+    wrap(module, "LMCacheConnectorV1Impl.get_num_new_matched_tokens", _stamp, "request")
 
 
-def _with_policy(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> dict | None:
+def _with_policy(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> dict:
     configs = dict(wrapped(*args, **kwargs) or {})
-    if engine.unstamped:
-        configs.setdefault(policy.TAG, engine.unstamped)
-    return configs or None
+    configs.setdefault(policy.TAG, engine.unstamped)
+    return configs
 
 
-def _keep_late_private(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    """A request that arrived before the last reset was stamped for weights that are gone."""
+def _init(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> None:
+    wrapped(*args, **kwargs)
+    if not engine.reset_at:
+        engine.loaded(instance._vllm_config.model_config)
+
+
+def _stamp(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     request = args[0] if args else kwargs["request"]
-    late = request.arrival_time < engine.reset_at and request.sampling_params is not None
-    if late and _restamp(request.sampling_params) and instance.lookup_client is not None:
-        instance.lookup_client.clear_lookup_status(request.request_id)
+    if request.sampling_params is not None:
+        stamp = _policy(request.sampling_params)
+        if request.arrival_time < engine.reset_at and not policy.is_private(stamp):
+            # It was stamped for weights that are gone.
+            _set_policy(request.sampling_params, policy.private_policy())
+            if instance.lookup_client is not None:
+                instance.lookup_client.clear_lookup_status(request.request_id)
+        elif not stamp and request.lora_request is not None:
+            # Only the engine knows what it loaded under an adapter's name.
+            _set_policy(request.sampling_params, f"{engine.own}+{request.lora_request.lora_name}")
     return wrapped(*args, **kwargs)
 
 
-def _restamp(sampling_params: Any) -> bool:
-    """Give a request a policy of its own; False if it has one already."""
+def _policy(sampling_params: Any) -> str:
+    params = (sampling_params.extra_args or {}).get("kv_transfer_params") or {}
+    return str(params.get(policy.TAG, ""))
+
+
+def _set_policy(sampling_params: Any, name: str) -> None:
     extra = dict(sampling_params.extra_args or {})
-    params = dict(extra.get("kv_transfer_params") or {})
-    if str(params.get(policy.TAG, "")).startswith("private-"):
-        return False
-    params[policy.TAG] = policy.private_policy()
+    params = {**(extra.get("kv_transfer_params") or {}), policy.TAG: name}
     sampling_params.extra_args = {**extra, "kv_transfer_params": params}
-    return True
-
-
-def mend_connector(module: Any) -> None:
-    """vLLM's ``LMCacheConnectorV1``: answer ``reset_cache()``."""
-    wrap(module, "LMCacheConnectorV1.reset_cache", _reset_cache)
-
-
-def mend_dynamic_connector(module: Any) -> None:
-    """LMCache's own connector class, which LMCache-Ascend's derives from: the same."""
-    wrap(module, "LMCacheConnectorV1Dynamic.reset_cache", _reset_cache)
-
-
-def _reset_cache(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> bool:
-    """Start a new policy for this engine.
-
-    Everything cached so far can no longer be found by an unstamped request; a stamped one is told
-    apart by its stamp. Requests being computed go on, and what they store from here is theirs alone.
-    """
-    engine.reset()
-    for tracker in connector._lmcache_engine._request_trackers.values():
-        tracker.request_configs = {**(tracker.request_configs or {}), policy.TAG: policy.private_policy()}
-    return True

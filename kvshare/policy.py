@@ -18,6 +18,8 @@ TAG = "lmcache.tag.policy"
 """Request config that carries the policy id; LMCache forwards ``lmcache.*`` from
 ``SamplingParams.extra_args["kv_transfer_params"]``."""
 
+PRIVATE = "private-"
+
 MAX_MODEL_NAME = 64
 """Characters of a model name left as they are in a key; with it every lm:// key is far below 150."""
 
@@ -34,7 +36,12 @@ def policy_id(run: str, step: int) -> str:
 
 def private_policy() -> str:
     """A policy nobody else has: KV stored under it is found by no other request or process."""
-    return f"private-{uuid4().hex}"
+    return f"{PRIVATE}{uuid4().hex}"
+
+
+def is_private(policy: str) -> bool:
+    """Whether ``private_policy`` made it."""
+    return policy.startswith(PRIVATE)
 
 
 def fold(chunk_hash: int, policy: str) -> int:

@@ -42,6 +42,11 @@ class Job:
         return self.config.actor_rollout_ref.rollout
 
     @property
+    def shares(self) -> bool:
+        """False for a baseline: ``kv_transfer_config=null`` was asked for."""
+        return self.rollout.engine_kwargs.vllm.get("kv_transfer_config", "missing") is not None
+
+    @property
     def world_size(self) -> int:
         return self.rollout.tensor_model_parallel_size * self.rollout.data_parallel_size
 
@@ -216,6 +221,8 @@ def _data(job: Job) -> Iterator[str]:
 
 
 def _connector(job: Job) -> Iterator[str]:
+    if not job.shares:
+        return
     value = job.rollout.engine_kwargs.vllm.get("kv_transfer_config")
     try:
         connector = json.loads(value) if isinstance(value, str) else dict(value or {})
@@ -237,6 +244,9 @@ def _router(job: Job) -> Iterator[str]:
 
 
 def _service(job: Job) -> Iterator[str]:
+    if not job.shares:
+        job.facts["service"] = "no connector: a baseline, nothing is shared"
+        return
     if job.backend == "remote":
         if str(job.lmcache.remote_url).startswith("lm://"):
             job.facts["service"] = "lmcache_server at " + services.check_lmcache_server(job.lmcache.remote_url)
@@ -274,7 +284,7 @@ def record(job: Job, folder: Path) -> None:
 def describe(job: Job) -> dict[str, Any]:
     """What the report says about the run (``run.json``)."""
     return {
-        "backend": job.backend,
+        "backend": job.backend if job.shares else "no connector",
         "device": job.device,
         "replicas": job.replicas,
         "model": str(job.config.actor_rollout_ref.model.path),

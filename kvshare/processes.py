@@ -59,6 +59,11 @@ class Processes:
         self._children.append(child)
         return child
 
+    def kill(self, child: subprocess.Popen) -> None:
+        """End one child and its group at once."""
+        _signal_group(child.pid, signal.SIGKILL)
+        child.wait()
+
     def end(self) -> None:
         for child in reversed(self._children):
             _signal_group(child.pid, signal.SIGTERM)

@@ -9,17 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from kvshare.errors import UserError
+from kvshare.policy import is_private
 
 Event = dict[str, Any]
 
 
-def summarize(events: Iterable[Event], metrics: Iterable[dict[str, Any]], run: dict[str, Any]) -> dict[str, Any]:
+PEARSON = "training/rollout_actor_probs_pearson_corr"
+DIFFERENCE = "training/rollout_probs_diff_max"
+
+
+def summarize(
+    events: Iterable[Event],
+    metrics: Iterable[dict[str, Any]],
+    run: dict[str, Any],
+    baseline: Iterable[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """The report: pure arithmetic.
 
     Args:
         events: ledger lines of all replicas, in any order (see ledger.py).
         metrics: ``data`` of the lines of verl's file logger, one a step.
         run: ``backend``, ``device`` and ``replicas``, written by preflight.
+        baseline: like ``metrics``, of a run without a connector; its mismatch is the noise floor.
+            Without one the run's own first step is: there was no older policy to be stale of.
 
     Token counts: ``prompt`` = ``computed`` + ``local_hit`` + ``shared_hit`` + ``unknown_hit``.
     ``local_hit``: from vLLM's prefix cache, or loaded and stored by the same replica;
@@ -31,7 +43,8 @@ def summarize(events: Iterable[Event], metrics: Iterable[dict[str, Any]], run: d
     events = list(_first_loads(events))
     stored_by = _stored_by(events)
     replicas = range(max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0))
-    steps = [m for m in metrics if "training/global_step" in m]
+    steps = _steps(metrics)
+    floor = steps[:1] if baseline is None else _steps(baseline)
     return {
         **run,
         "replicas": len(replicas),
@@ -48,13 +61,20 @@ def summarize(events: Iterable[Event], metrics: Iterable[dict[str, Any]], run: d
             for policy, of_policy in _by_policy(events).items()
         ],
         "mismatch": {
-            "pearson_min": _extreme(min, steps, "training/rollout_actor_probs_pearson_corr"),
-            "probs_diff_max": _extreme(max, steps, "training/rollout_probs_diff_max"),
+            "pearson_min": _extreme(min, steps, PEARSON),
+            "pearson_floor": _extreme(min, floor, PEARSON),
+            "probs_diff_max": _extreme(max, steps, DIFFERENCE),
+            "probs_diff_floor": _extreme(max, floor, DIFFERENCE),
+            "floor": "first step" if baseline is None else "baseline",
         },
         "reward": [m.get("critic/score/mean") for m in steps],
         "step_seconds": [m.get("timing_s/step") for m in steps],
         "degraded": sorted({e["replica"] for e in events if e["op"] == "degraded"}),
     }
+
+
+def _steps(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [m for m in metrics if "training/global_step" in m]
 
 
 def _first_loads(events: Iterable[Event]) -> Iterable[Event]:
@@ -116,7 +136,7 @@ def _by_policy(events: list[Event]) -> dict[str, list[Event]]:
     groups: dict[str, list[Event]] = defaultdict(list)
     for event in sorted(events, key=lambda e: e["time"]):
         if name := event.get("policy"):
-            groups["private" if name.startswith("private-") else name].append(event)
+            groups["private" if is_private(name) else name].append(event)
     return groups
 
 
@@ -124,17 +144,22 @@ def _extreme(choose: Any, steps: list[dict[str, Any]], name: str) -> float | Non
     return choose([m[name] for m in steps if name in m], default=None)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
     """The report of a run folder.
 
     Raises:
-        UserError: it is not a run folder.
+        UserError: one of the two is not a run folder.
     """
-    if not (folder / "run.json").is_file():
-        raise UserError(f"{folder} has no run.json: give the KVSHARE_RUN_DIR of a run that a launcher started")
+    for path in filter(None, (folder, baseline)):
+        if not (path / "run.json").is_file():
+            raise UserError(f"{path} has no run.json: give the KVSHARE_RUN_DIR of a run that a launcher started")
     events = (e for path in sorted(folder.glob("events-*.jsonl")) for e in _lines(path))
-    metrics = (line["data"] for line in _lines(folder / "metrics.jsonl"))
-    return summarize(events, metrics, json.loads((folder / "run.json").read_text()))
+    run = json.loads((folder / "run.json").read_text())
+    return summarize(events, _metrics(folder), run, _metrics(baseline) if baseline else None)
+
+
+def _metrics(folder: Path) -> Iterable[dict[str, Any]]:
+    return (line["data"] for line in _lines(folder / "metrics.jsonl"))
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -155,6 +180,8 @@ def verdict(report: dict[str, Any]) -> str:
         return f"NOT SHARING: LMCache did not start in replica {', '.join(map(str, report['degraded']))}; see its log."
     if tokens["stale_hit"]:
         return f"STALE: {tokens['stale_hit']:,} loaded tokens were computed by other weights. Please report this."
+    if report.get("backend") == "no connector":
+        return "A baseline: no connector, nothing was shared."
     if not tokens["prompt"]:
         return "No request was recorded."
     if report["prefill_amplification"] is None:
@@ -166,20 +193,29 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    mismatch = report["mismatch"]
     head = (
         f"# KV sharing: {report.get('backend')} on {report.get('device')}, {report['replicas']} replicas, "
         f"{report['steps']} steps\n\n{verdict(report)}\n"
     )
-    facts = {
-        "prefill amplification (1.0 is perfect, the number of replicas is none)": report["prefill_amplification"],
-        "rollout/actor correlation, lowest of all steps": mismatch["pearson_min"],
-        "rollout/actor probability difference, highest": mismatch["probs_diff_max"],
-    }
-    lines = [head, "| tokens | prompt | computed | local hit | shared hit | stale |", "|---|---|---|---|---|---|"]
+    columns = "prompt | computed | local hit | shared hit | stale |"
+    lines = [head, f"| tokens | {columns}", "|---|---|---|---|---|---|"]
     lines += [_row(f"replica {r['rank']}", r) for r in report["replica"]] + [_row("**all**", report["tokens"]), ""]
-    lines += ["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += [f"| policy | {columns} prefill amplification |", "|---|---|---|---|---|---|---|"]
+    lines += [f"{_row(p['policy'], p)} {p['prefill_amplification']} |" for p in report["policy"]] + [""]
+    lines += ["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts(report).items()]
     return "\n".join(lines) + "\n"
+
+
+def facts(report: dict[str, Any]) -> dict[str, str]:
+    """What is not a token count, in words."""
+    mismatch = report["mismatch"]
+    return {
+        "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
+        "rollout/actor correlation": f"{mismatch['pearson_min']} "
+        f"(lowest of all steps; noise floor, {mismatch['floor']}: {mismatch['pearson_floor']})",
+        "rollout/actor probability difference": f"{mismatch['probs_diff_max']} "
+        f"(highest; noise floor, {mismatch['floor']}: {mismatch['probs_diff_floor']})",
+    }
 
 
 def _row(name: str, t: dict[str, Any]) -> str:
@@ -187,9 +223,9 @@ def _row(name: str, t: dict[str, Any]) -> str:
     return f"| {name} | " + " | ".join(f"{cell:,}" for cell in cells) + " |"
 
 
-def write(folder: Path) -> dict[str, Any]:
+def write(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
     """Write report.json and report.md into a run folder; returns the report."""
-    report = read(folder)
+    report = read(folder, baseline)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "report.md").write_text(to_markdown(report))
     return report

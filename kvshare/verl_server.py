@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 RUN_DIR = "KVSHARE_RUN_DIR"
 """Environment variable with the folder the ledger goes to; unset: no ledger."""
 
-WEIGHT_UPDATES = {"update_weights_from_ipc", "start_weight_update"}
-"""Worker methods that start to replace the weights (verl 0.9.1, vllm_rollout.py)."""
-
 RUN = policy.new_run()
 """Drawn in the process that starts the replicas; each server gets it with its class."""
 
@@ -40,7 +37,7 @@ class KVShareServer(vLLMHttpServer):
         self._events = events.Receiver()
         self._prefixes = StoredPrefixes()
         self._ready = asyncio.Event()
-        self._updating = False
+        self._updating = self._warned = False
         self._before_first_update = policy.private_policy()
         self._ledger = Ledger(replica_rank, os.environ.get(RUN_DIR))
         os.environ[events.ADDRESS] = self._events.address  # inherited by the engine's processes
@@ -91,13 +88,24 @@ class KVShareServer(vLLMHttpServer):
         return policy.policy_id(self.run, self.global_steps)
 
     async def collective_rpc(self, method: str | Callable, *args: Any, **kwargs: Any) -> None:
-        if method in WEIGHT_UPDATES:
-            self._updating = True
+        if _touches_weights(method) and not self._updating:
+            self._updating, self._warned = True, False
+            # Requests that run on must store nothing more under the policy that ends here.
+            await self.engine.reset_prefix_cache(reset_connector=True)
         await super().collective_rpc(method, *args, **kwargs)
 
     async def set_global_steps(self, global_steps: int) -> None:
         await super().set_global_steps(global_steps)
         self._updating = False
+
+    def _warn_if_updating(self) -> None:
+        if self._updating and not self._warned:
+            self._warned = True
+            logger.warning(
+                "replica %d generates while its weights are being updated, or after an update that set no "
+                "global_steps: these requests share no KV until verl calls set_global_steps",
+                self.replica_rank,
+            )
 
     def _stamping(self, generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
         """``AsyncLLM.generate`` that stamps each request, also those of the server's HTTP API.
@@ -109,6 +117,7 @@ class KVShareServer(vLLMHttpServer):
         async def stamped(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
             lora = kwargs.get("lora_request")
             stamp = f"{self.policy}+{lora.lora_name}" if lora else self.policy
+            self._warn_if_updating()
             prompt = _salted(prompt, stamp)
             _tag(sampling_params, stamp, request_id)
             self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
@@ -157,6 +166,11 @@ class KVShareServer(vLLMHttpServer):
 
     def _get_worker_extension_cls(self) -> str:
         return "kvshare.verl_cpu_worker.CPUWorkerExtension" if is_cpu() else super()._get_worker_extension_cls()
+
+
+def _touches_weights(method: str | Callable) -> bool:
+    """verl 0.9.1 has update_weights_from_ipc, start_weight_update, …: what comes next will be named alike."""
+    return "weight" in (method if isinstance(method, str) else getattr(method, "__name__", "weight"))
 
 
 def _salted(prompt: Any, stamp: str) -> dict[str, Any]:

@@ -13,17 +13,19 @@ def register() -> None:
     if getattr(register, "done", False):
         return
     register.done = True  # type: ignore[attr-defined]
-    for module, hook in _HOOKS.items():
+    for module, hook in _HOOKS:
         wrapt.register_post_import_hook(hook, module)
 
 
 # Hook functions as "module:function" strings: wrapt imports them only when they are needed.
-_HOOKS = {
-    "lmcache.v1.token_database": "kvshare.lmcache_policy:mend_token_database",
-    "lmcache.integration.vllm.vllm_v1_adapter": "kvshare.lmcache_policy:mend_adapter",
-    "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector": "kvshare.lmcache_policy:mend_connector",
-    "lmcache.integration.vllm.lmcache_connector_v1": "kvshare.lmcache_policy:mend_dynamic_connector",
-    "lmcache.v1.gpu_connector": "kvshare.lmcache_cpu:mend_gpu_connector",
-    "lmcache.v1.cache_engine": "kvshare.lmcache_events:mend_cache_engine",
-    "lmcache.v1.storage_backend.remote_backend": "kvshare.lmcache_events:mend_remote_backend",
-}
+_HOOKS = (
+    ("lmcache.v1.token_database", "kvshare.lmcache_policy:mend_token_database"),
+    ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_policy:mend_adapter"),
+    ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_reset:mend_adapter"),
+    ("lmcache.integration.vllm.lmcache_connector_v1", "kvshare.lmcache_reset:mend_dynamic_connector"),
+    ("lmcache.v1.gpu_connector", "kvshare.lmcache_cpu:mend_gpu_connector"),
+    ("lmcache.v1.cache_engine", "kvshare.lmcache_events:mend_cache_engine"),
+    ("lmcache.v1.storage_backend.remote_backend", "kvshare.lmcache_events:mend_remote_backend"),
+    ("vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector", "kvshare.lmcache_reset:mend_connector"),
+    ("vllm.v1.core.sched.scheduler", "kvshare.vllm_prefix_cache:mend_scheduler"),
+)

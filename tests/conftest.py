@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from engines import Engine
+from oracle import Weights
+
 from kvshare import gsm8k, services, tiny_model
 from kvshare.demo import QUIET
 from kvshare.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
+CHUNK = 256  # tokens; as in config/remote_backend_config.yaml
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))
 
 os.environ.update(QUIET, LMCACHE_LOG_LEVEL="WARNING")
@@ -44,3 +48,30 @@ def model(tmp_path_factory) -> Path:
 def lmcache_server(processes, tmp_path_factory) -> str:
     """Address of a real lmcache_server."""
     return services.start_lmcache_server(processes, tmp_path_factory.mktemp("server") / "log", QUIET)
+
+
+@pytest.fixture(scope="session")
+def weights(model, tmp_path_factory) -> Weights:
+    return Weights(tmp_path_factory.mktemp("weights"), model)
+
+
+@pytest.fixture(scope="session")
+def start_engine(processes, lmcache_server, weights, tmp_path_factory):
+    """Starts an engine on the one model folder they share; ``wait()`` for it."""
+    folder = tmp_path_factory.mktemp("engines")
+    # A path that lmcache_server's own key format could not carry: with @, and too long.
+    model = weights.make(0, folder / "qwen@tiny" / ("long-" * 20))
+    config = str(ROOT / "config" / "remote_backend_config.yaml")
+    environment = {"LMCACHE_CONFIG_FILE": config, "LMCACHE_REMOTE_URL": f"lm://{lmcache_server}"}
+
+    def start(rank: int, name: str, **more: str) -> Engine:
+        return Engine(processes, rank, model, folder / f"{name}.log", environment | more)
+
+    start.model = model
+    return start
+
+
+@pytest.fixture(scope="session")
+def engines(start_engine) -> list[Engine]:
+    """Two replicas, with vLLM's own prefix cache on."""
+    return [engine.wait() for engine in [start_engine(0, "0"), start_engine(1, "1")]]

@@ -6,8 +6,9 @@ import json
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,13 @@ from kvshare import events, policy, services
 from kvshare.processes import Processes
 
 CONNECTOR = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+
+
+@dataclass
+class Answer:
+    tokens: list[str]
+    logprobs: list[float]
+    cached: int  # prompt tokens vLLM did not compute: its own prefix cache's and the connector's
 
 
 class Engine:
@@ -35,9 +43,11 @@ class Engine:
         threading.Thread(target=self._listen, args=(address,), daemon=True).start()
         self.log = log
         self._url = f"http://127.0.0.1:{(port := services.free_port())}"
+        internal = services.free_port()
+        self._worker = f"http://127.0.0.1:{internal + 1}"  # LMCache's own API of worker 0
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-        command += ["--max-model-len", "4096", "--enforce-eager", "--no-enable-prefix-caching"]
+        command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
         command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
         settings = {
             "PYTHONHASHSEED": "0",
@@ -47,42 +57,75 @@ class Engine:
             "OMP_NUM_THREADS": "1",
             "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
             "LMCACHE_LOG_LEVEL": "INFO",
+            "LMCACHE_INTERNAL_API_SERVER_ENABLED": "true",
+            "LMCACHE_INTERNAL_API_SERVER_PORT_START": str(internal),
             events.ADDRESS: address,
         }
+        self._processes = processes
         self._process = processes.start(command, log, {**settings, **environment})
 
     def wait(self) -> Engine:
         """Until it is healthy; fails at once, with the log's end, when it has died."""
         while True:
             try:
-                self._post("/health", method="GET")
+                self._get("/health")
                 return self
             except OSError:
                 assert self._process.poll() is None, self.log.read_text()[-3000:]
                 time.sleep(0.5)
 
-    def ask(self, prompt: list[int], stamp: str | None = None, tokens: int = 8) -> tuple[list[str], list[float]]:
-        """Tokens and their log-probabilities; returns when the prompt's KV has been stored, if it will be."""
+    def ask(self, prompt: list[int], stamp: str | None = None, tokens: int = 8) -> Answer:
+        """Returns when the prompt's KV has been stored, if it will be.
+
+        Args:
+            prompt: token ids.
+            stamp: policy id, given to LMCache and vLLM as the rollout server does it.
+        """
         request = uuid4().hex
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
-        params = {events.REQUEST: request} | ({policy.TAG: stamp} if stamp else {})
+        body |= {"ignore_eos": True, "return_tokens_as_token_ids": True}
+        params = {events.REQUEST: request}
+        if stamp:
+            params[policy.TAG] = body["cache_salt"] = stamp
         answer = self._post("/v1/completions", {**body, "kv_transfer_params": params})
         self._settle(request)
         logprobs = answer["choices"][0]["logprobs"]
-        return logprobs["tokens"], logprobs["token_logprobs"]
+        details = answer["usage"].get("prompt_tokens_details") or {}
+        return Answer(logprobs["tokens"], logprobs["token_logprobs"], details.get("cached_tokens") or 0)
 
     def hits(self, since: int) -> int:
         """Tokens loaded since ``since = len(engine.events)``."""
         return sum(sum(e["tokens"]) for e in self.events[since:] if e["op"] == "load")
 
-    def reset(self, connector: bool) -> None:
-        self._post(f"/reset_prefix_cache?reset_external={str(connector).lower()}", {})
+    def reset(self, connector: bool = True) -> bool:
+        return self._post(f"/reset_prefix_cache?reset_external={str(connector).lower()}", {})["success"]
+
+    def load(self, weights: Path) -> None:
+        """Replace the weights of the live engine."""
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}})
+
+    def metric(self, name: str) -> float:
+        """Of vLLM."""
+        return _metric(self._get("/metrics"), name)
+
+    def local_tier(self) -> float:
+        """Bytes in LMCache's local CPU tier."""
+        return _metric(self._get("/metrics", self._worker), "lmcache:local_cache_usage")
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not done():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        self._processes.kill(self._process)
 
     def _settle(self, request: str) -> None:
         """Wait until each "store" of the request has its "stored"."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(0.1)  # events come a little later than the answer
             mine = [e["op"] for e in self.events if e.get("request") == request]
             if mine.count("store") == mine.count("stored"):
                 return
@@ -95,10 +138,19 @@ class Engine:
             event = json.loads(socket.recv())
             self.events.append({**event, "time": time.time(), "replica": self._rank})
 
-    def _post(self, path: str, body: dict | None = None, method: str = "POST") -> Any:
-        data = json.dumps(body).encode() if body is not None else None
+    def _get(self, path: str, url: str | None = None) -> str:
+        with urllib.request.urlopen((url or self._url) + path, timeout=300) as response:
+            return response.read().decode()
+
+    def _post(self, path: str, body: dict) -> Any:
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._url + path, data, headers, method=method)
+        request = urllib.request.Request(self._url + path, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=300) as response:
             text = response.read()
         return json.loads(text) if text else None
+
+
+def _metric(text: str, name: str) -> float:
+    """Sum of a Prometheus metric's samples."""
+    lines = [line for line in text.splitlines() if line.startswith((name + " ", name + "{"))]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)

@@ -81,12 +81,36 @@ def test_amplification_is_per_policy():
     assert [p["prefill_amplification"] for p in result["policy"]] == [2.0, 1.0]
 
 
-def test_mismatch_is_the_worst_step():
-    name, diff = "training/rollout_actor_probs_pearson_corr", "training/rollout_probs_diff_max"
-    metrics = [{"training/global_step": i, name: p, diff: d} for i, p, d in ((1, 1.0, 1e-9), (2, 0.69, 0.2))]
-    result = report.summarize([], metrics, RUN)
-    assert result["mismatch"] == {"pearson_min": 0.69, "probs_diff_max": 0.2}
+def mismatch(*steps):
+    return [{"training/global_step": i, report.PEARSON: p, report.DIFFERENCE: d} for i, (p, d) in enumerate(steps, 1)]
+
+
+def test_mismatch_is_the_worst_step_next_to_the_first():
+    result = report.summarize([], mismatch((1.0, 1e-9), (0.69, 0.2)), RUN)
+    assert result["mismatch"] == {
+        "pearson_min": 0.69,
+        "pearson_floor": 1.0,
+        "probs_diff_max": 0.2,
+        "probs_diff_floor": 1e-9,
+        "floor": "first step",
+    }
     assert result["steps"] == 2
+
+
+def test_baseline_is_the_noise_floor():
+    result = report.summarize([], mismatch((1.0, 1e-9)), RUN, baseline=mismatch((1.0, 1e-9), (0.999, 3e-9)))
+    assert (result["mismatch"]["pearson_floor"], result["mismatch"]["probs_diff_floor"]) == (0.999, 3e-9)
+
+
+def test_baseline_says_that_it_is_one():
+    result = report.summarize([request(0, "p", 300)], [], {**RUN, "backend": "no connector"})
+    assert "baseline" in report.verdict(result)
+
+
+def test_every_policy_has_its_row():
+    events = [store(0, "run-1", 1), load(1, "run-1", 1), request(1, "run-1", 512, 256), request(0, "private-a", 300)]
+    rows = [line for line in report.to_markdown(report.summarize(events, [], RUN)).splitlines() if "| run-1 |" in line]
+    assert rows == ["| run-1 | 512 | 256 | 0 | 256 | 0 | 1.0 |"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from kvshare.verl_server import KVShareServer, _salted, _server_class, _tag
 def server():
     """A server before its engine starts; the policy needs no more."""
     made = _server_class("0123456789abcdef").__new__(_server_class("0123456789abcdef"))
-    made.global_steps, made._updating, made._before_first_update = None, False, policy.private_policy()
+    made.global_steps, made._updating, made._warned = None, False, False
+    made._before_first_update, made.replica_rank = policy.private_policy(), 0
     return made
 
 
@@ -22,14 +23,35 @@ def test_policy_through_an_update(server, monkeypatch):
     async def nothing(*args, **kwargs): ...
 
     monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", nothing)
+    server.engine = _Engine()
     before = server.policy
     assert before == server.policy  # its own until the first update
     asyncio.run(server.set_global_steps(3))
     assert server.policy == "0123456789abcdef-3"
     asyncio.run(server.collective_rpc("update_weights_from_ipc"))
     assert server.policy != server.policy  # unknown: one for each request
+    asyncio.run(server.collective_rpc("finish_weight_update"))
+    assert server.engine.resets == 1  # at the start, so that requests under way store nothing more as policy 3
     asyncio.run(server.set_global_steps(4))
     assert server.policy == "0123456789abcdef-4"
+
+
+def test_update_without_global_steps_is_not_silent(server, monkeypatch, caplog):
+    async def nothing(*args, **kwargs): ...
+
+    monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", nothing)
+    server.engine = _Engine()
+    asyncio.run(server.collective_rpc("reload_weights"))
+    for _ in range(3):
+        server._warn_if_updating()
+    assert len([r for r in caplog.records if "share no KV" in r.getMessage()]) == 1
+
+
+class _Engine:
+    resets = 0
+
+    async def reset_prefix_cache(self, reset_connector):
+        self.resets += reset_connector
 
 
 @pytest.mark.parametrize("prompt", ["text", [1, 2], {"prompt_token_ids": [1, 2]}])

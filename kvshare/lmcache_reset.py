@@ -1,0 +1,82 @@
+"""Makes ``reset_cache()`` of LMCache's in-process vLLM connector real.
+
+``LMCacheConnectorV1`` has none: vLLM's ``reset_prefix_cache(reset_connector=True)``, which verl calls
+after each weight update, does nothing and reports success (vLLM 0.28.0, LMCache 0.5.6).
+
+Scheduler process: a reset starts a new policy (``lmcache_policy``). Worker process: what the local
+tiers hold cannot be found any longer and is given back, behind the engine's back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from kvshare import policy
+from kvshare.lmcache_policy import engine
+from kvshare.upstream import wrap
+
+logger = logging.getLogger(__name__)
+
+LOCAL_TIERS = {"LocalCPUBackend": "hot_cache", "LocalDiskBackend": "dict"}
+"""LMCache's own storage backends, and the attribute that maps keys to entries."""
+
+
+def mend_connector(module: Any) -> None:
+    """vLLM's ``LMCacheConnectorV1``: answer ``reset_cache()``."""
+    wrap(module, "LMCacheConnectorV1.reset_cache", _reset_cache)
+
+
+def mend_dynamic_connector(module: Any) -> None:
+    """LMCache's own connector class, which LMCache-Ascend's derives from: the same."""
+    wrap(module, "LMCacheConnectorV1Dynamic.reset_cache", _reset_cache)
+
+
+def mend_adapter(module: Any) -> None:
+    wrap(module, "LMCacheConnectorV1Impl.build_connector_meta", _tell_worker, "scheduler_output")
+    wrap(module, "LMCacheConnectorV1Impl.start_load_kv", _hear_scheduler, "forward_context")
+
+
+def _reset_cache(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> bool:
+    """Start a new policy for this engine.
+
+    Everything cached so far can no longer be found by an unstamped request; a stamped one is told
+    apart by its stamp. Requests being computed go on, and what they store from here is theirs alone.
+    """
+    engine.reset()
+    for tracker in connector._lmcache_engine._request_trackers.values():
+        tracker.request_configs = {**(tracker.request_configs or {}), policy.TAG: policy.private_policy()}
+    return True
+
+
+def _tell_worker(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    meta = wrapped(*args, **kwargs)
+    meta.kvshare_reset = engine.reset_at
+    return meta
+
+
+def _hear_scheduler(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> None:
+    reset_at = getattr(instance._parent._get_connector_metadata(), "kvshare_reset", 0.0)
+    if reset_at > getattr(instance, "_kvshare_given_back", 0.0):
+        instance._kvshare_given_back = reset_at
+        if instance.lmcache_engine is not None:
+            _give_back(instance.lmcache_engine.storage_manager.storage_backends)
+    wrapped(*args, **kwargs)
+
+
+def _give_back(backends: dict[str, Any]) -> None:
+    """Free what is in the local tiers now; only the list of keys is made while the engine waits."""
+    held = [
+        (backends[tier], list(getattr(backends[tier], keys))) for tier, keys in LOCAL_TIERS.items() if tier in backends
+    ]
+
+    def free() -> None:
+        for backend, keys in held:
+            for key in keys:
+                try:
+                    backend.remove(key)
+                except Exception:
+                    logger.exception("kvshare could not free %s: it stays until LMCache evicts it", key)
+
+    threading.Thread(target=free, name="kvshare-give-back", daemon=True).start()
