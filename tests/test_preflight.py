@@ -74,7 +74,7 @@ BAD_OVERRIDES = {
     "actor_rollout_ref.rollout.router_config_path=/no/router.yaml": "router config /no/router.yaml does not exist",
     "trainer.nnodes=2": "is this machine only, the job has 2 nodes",
     "algorithm.adv_estimator=grop": "ADV_ESTIMATOR 'grop' is not one verl knows",
-    f"{KV}null": "names no LMCache connector",
+    f"~{KV[2:-1]}": "names no LMCache connector",
     f"{KV}'[nonsense'": "kv_transfer_config is not a JSON object",
     f"{KV}'[1]'": "kv_transfer_config is not a JSON object",
     KV + '\'{"kv_connector":"LMCacheConnectorV1"}\'': "a failed load would fail the request",
@@ -86,6 +86,12 @@ def test_bad_override(job, override):
     errors = preflight.run(job(override))
     assert any(BAD_OVERRIDES[override] in error for error in errors), errors
     assert all("\n" not in error for error in errors)
+
+
+def test_null_connector_is_a_baseline(job):
+    checked = job(f"{KV}null")
+    assert preflight.run(checked) == []
+    assert preflight.describe(checked)["backend"] == "no connector"
 
 
 BAD_YAML = {
