@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo install test freshness lint lock clean
+.PHONY: demo install test freshness routing lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -31,6 +31,11 @@ test: .venv/dev
 # The A/B of docs/freshness.md under verl, about 20 minutes.
 freshness: .venv/dev
 	$(BIN)/pytest -s tests/freshness.py
+
+# verl's own routing against ours under verl, and the tables of docs/routing.md by simulation.
+routing: .venv/dev
+	$(BIN)/pytest -s tests/routing.py
+	$(BIN)/python benchmarks/routing.py --plot docs/routing.svg
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

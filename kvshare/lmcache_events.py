@@ -5,8 +5,9 @@ cannot tell another replica's KV from one's own. These events can, because they 
 
 * ``ready``: the LMCache engine of this worker is up (in degraded mode it never comes);
 * ``store``: the keys a request's KV goes under;
-* ``stored``: all of them have arrived: from here on others find the request's first ``end`` tokens;
-* ``load``: the keys that were loaded into vLLM, the tokens that arrived and those expected.
+* ``stored``: all of them have arrived, ``seconds`` after store() returned: from here on others find the
+  request's first ``end`` tokens;
+* ``load``: the keys that were loaded into vLLM, the tokens that arrived, those expected, the ``seconds`` it took.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -81,7 +83,8 @@ def _store(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
         request, chunks = _request(kwargs), list(_chunks(engine, args, kwargs))
         _send(engine, "store", **request, keys=[key.chunk_hash for _, _, key in chunks])
         end = max((end for _, end, _ in chunks), default=0)
-        puts.when_finished(lambda: _send(engine, "stored", **request, end=end))
+        began = time.monotonic()
+        puts.when_finished(lambda: _send(engine, "stored", **request, end=end, seconds=time.monotonic() - began))
     except Exception:
         logger.exception("kvshare could not report a store; the store itself is done")
     return result
@@ -112,10 +115,12 @@ def _submit_put(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _retrieve(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
+    began = time.monotonic()
     mask = wrapped(*args, **kwargs)
+    seconds = time.monotonic() - began
     if _reports(engine):
         try:
-            _send(engine, "load", **_request(kwargs), **_loaded(engine, mask, args, kwargs))
+            _send(engine, "load", **_request(kwargs), **_loaded(engine, mask, args, kwargs), seconds=seconds)
         except Exception:
             logger.exception("kvshare could not report a load; the load itself is done")
     return mask

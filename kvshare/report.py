@@ -14,6 +14,7 @@ from kvshare.policy import is_private
 Event = dict[str, Any]
 
 
+ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
 PEARSON = "training/rollout_actor_probs_pearson_corr"
 DIFFERENCE = "training/rollout_probs_diff_max"
 
@@ -40,7 +41,9 @@ def summarize(
     stored under another policy. ``prefill_amplification``: chunks that replicas computed over
     distinct chunks computed; 1.0 is perfect sharing; None if no prompt filled a chunk.
     """
-    events = list(_first_loads(events))
+    events = list(events)
+    routing: Event = next((e for e in reversed(events) if e["op"] == "routing"), {})
+    events = list(_first_loads(e for e in events if e["op"] != "routing"))
     stored_by = _stored_by(events)
     replicas = range(max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0))
     steps = _steps(metrics)
@@ -52,6 +55,7 @@ def summarize(
         "tokens": _tokens(events, stored_by),
         "replica": [{"rank": r, **_tokens([e for e in events if e["replica"] == r], stored_by)} for r in replicas],
         "prefill_amplification": _amplification(stored_by),
+        "routing": {name: routing[name] for name in ROUTING if name in routing},
         "policy": [
             {
                 "policy": policy,
@@ -211,11 +215,23 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
     mismatch = report["mismatch"]
     return {
         "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
+        "router": _routing(report["routing"]),
         "rollout/actor correlation": f"{mismatch['pearson_min']} "
         f"(lowest of all steps; noise floor, {mismatch['floor']}: {mismatch['pearson_floor']})",
         "rollout/actor probability difference": f"{mismatch['probs_diff_max']} "
         f"(highest; noise floor, {mismatch['floor']}: {mismatch['probs_diff_floor']})",
     }
+
+
+def _routing(counts: dict[str, Any]) -> str:
+    if not counts:
+        return "verl's own"
+    even = counts["break_even_tokens"]
+    return (
+        f"{counts['leaders']} led, {counts['held']} waited ({counts['longest_wait']:.2f} s at most), "
+        f"{counts['gave_up']} gave up, {counts['moved']} moved; "
+        + ("loading never pays here" if even is None else f"loading pays from {even} tokens")
+    )
 
 
 def _row(name: str, t: dict[str, Any]) -> str:

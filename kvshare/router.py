@@ -1,48 +1,98 @@
 """Prefill once, decode anywhere: a router for verl's ``rollout.router_config_path``.
 
 verl sends all samples of a prompt at once and spreads them by load, so every replica prefills the
-same prompt at the same moment and none finds the other's KV. Here the first request for a prefix
-leads; the others wait until its replica says that the prefix is stored, then go where there is room.
+same prompt at the same moment and none finds the other's KV. Here the first request for a chunk of
+prompt leads; the others wait until its replica says that it is stored, then go where there is room.
+docs/routing.md says why and when.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from cachetools import LRUCache
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
-from kvshare.ledger import prefix_digest
+from kvshare.ledger import Ledger
+from kvshare.prefixes import Key, chunk_digests
+from kvshare.rates import Pace, break_even
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 100_000  # chunks
+AFTER_RELEASE = 1.0  # seconds until a leader that ended without its server's knowing is given up
+FIRST_RESPONSE = 256  # tokens of an answer, until the run has shown its own
 
 
 @dataclass
-class Group:
-    """Requests for one prefix that are under way together."""
+class Server:
+    policy: str | None = None  # of its weights; None while they change, or if it does not tell
+    load: float = 0.0  # tokens left to do
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
 
-    leader: str
-    stored: asyncio.Event = field(default_factory=asyncio.Event)
-    members: int = 0
+
+@dataclass
+class Leader:
+    """A request that computes chunks others wait for."""
+
+    server: str
+    keys: list[Key]
+    outcome: asyncio.Future[bool]  # whether they can be found now
+
+    @property
+    def policy(self) -> str:
+        return self.keys[0][0]
+
+
+@dataclass
+class Placed:
+    """A request under way, and what it adds to its server's load: tokens left to do."""
+
+    server: Server
+    prefill: float
+    response: float
+    leader: Leader | None = None
+
+
+@dataclass
+class Counts:
+    leaders: int = 0
+    held: int = 0
+    gave_up: int = 0
+    moved: int = 0
+    wait_seconds: float = 0.0
+    longest_wait: float = 0.0
 
 
 class PrefillOnceRouter(GlobalRequestLoadBalancer):
-    """verl's sticky least-loaded balancer, except that followers wait for their leader.
+    """Places requests by load and by who has their prefix, and holds those whose prefix is on its way.
 
     Args:
-        servers: actor handle of each rollout server by its address.
-        config: the router YAML; ``hold_seconds`` is the longest a request may be held.
+        servers: actor handle of each rollout server (``KVShareServer``) by its address.
+        config: the router YAML; ``hold_seconds`` is the longest a request may be held, and
+            ``full_determinism`` places by request id alone, as verl's own router does.
     """
 
     def __init__(self, servers: dict[str, Any], config: dict[str, Any]) -> None:
-        super().__init__(servers)
+        super().__init__(servers, full_determinism=bool(config.get("full_determinism")))
         self._hold_seconds = float(config.get("hold_seconds", 30))
-        self._chunk_size = _chunk_size()
-        self._groups: dict[str, Group] = {}
-        self._prefix_of: dict[str, str] = {}
+        self._chunk_size = int(config.get("chunk_size") or _chunk_size())
+        self._state = {name: Server() for name in servers}
+        self._computing: dict[Key, Leader] = {}
+        self._stored: LRUCache = LRUCache(maxsize=REMEMBERED)  # Key -> names of servers that hold it themselves
+        self._placed: dict[str, Placed] = {}
+        self._pace = Pace(prefill=None, load=None, delay=None, response=None)
+        self._tasks: dict[str, asyncio.Task] = {}
         self._watchers: set[asyncio.Task] = set()
-        self._counts = {"leaders": 0, "held": 0, "gave_up": 0}
+        self._counts = Counts()
+        self._ledger = Ledger("router", os.environ.get("KVSHARE_RUN_DIR"))
 
     def require_acquire_fields(self) -> list[str]:
         return ["prompt_ids"]
@@ -50,65 +100,196 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
     def require_release_fields(self) -> list[str]:
         return ["request_id"]
 
+    # -- verl's protocol ----------------------------------------------------------------------
+
     async def acquire_server(self, request_id: str, prompt_ids: list[int] | None = None) -> tuple[str, Any]:  # type: ignore[override]
-        prefix = prefix_digest(list(prompt_ids or ()), self._chunk_size)
-        if not prefix or len(self._servers) < 2:
-            return super().acquire_server(request_id)
-        group = self._groups.get(prefix)
-        if group is None:
-            group = self._groups[prefix] = Group(leader=request_id)
-        group.members += 1
-        self._prefix_of[request_id] = prefix
-        try:
-            if group.leader != request_id:
-                await self._hold(group)
-                return super().acquire_server(request_id)
-            self._counts["leaders"] += 1
-            server_id, server = super().acquire_server(request_id)
-            self._watch(group, server, prefix)
-            return server_id, server
-        except BaseException:  # no server, or the caller is gone: there will be no release
-            self._leave(request_id)
-            raise
+        chunks = chunk_digests(list(prompt_ids or ()), self._chunk_size)
+        await self._hear_from_all()
+        shares = len(self._servers) > 1 and len(chunks) * self._chunk_size > break_even(self._pace)
+        if shares:
+            await self._hold(chunks)
+        if not self._servers:
+            raise RuntimeError("No available servers in load balancer")
+        name, missing = self._choose(request_id, chunks, len(prompt_ids or ()))
+        placed = Placed(self._state[name], missing, self._pace["response"] or FIRST_RESPONSE)
+        self._placed[request_id] = placed
+        self._inflight_requests[name] += 1
+        placed.server.load += placed.prefill + placed.response
+        if shares:
+            self._lead(name, placed, chunks)
+        return name, self._servers[name]
 
     def release_server(self, server_id: str, request_id: str | None = None) -> None:
         super().release_server(server_id, request_id)
-        self._leave(request_id)
-
-    def _leave(self, request_id: str | None) -> None:
-        prefix = self._prefix_of.pop(request_id or "", None)
-        group = self._groups.get(prefix or "")
-        if group is None:
+        placed = self._placed.pop(request_id or "", None)
+        if placed is None:
             return
-        group.members -= 1
-        if group.leader == request_id:
-            group.stored.set()  # it has ended, well or not: nobody waits for it
-        if group.members == 0:
-            del self._groups[prefix or ""]
+        placed.server.load -= placed.prefill + placed.response
+        placed.prefill = 0.0
+        if placed.leader and not placed.leader.outcome.done():
+            asyncio.get_running_loop().call_later(AFTER_RELEASE, self._settle, placed.leader, False)
+        if not self._placed:
+            self._ledger.write("routing", **self._counters())
 
-    def _watch(self, group: Group, server: Any, prefix: str) -> None:
-        async def watch() -> None:
-            try:
-                await server.wait_prefix_stored.remote(prefix, self._hold_seconds)
-            finally:  # a server that died stores nothing either
-                group.stored.set()
+    def add_servers(self, servers: dict[str, Any]) -> None:
+        super().add_servers(servers)
+        self._state |= {name: Server() for name in servers}
 
-        task = asyncio.ensure_future(watch())
-        self._watchers.add(task)
-        task.add_done_callback(self._watchers.discard)
-
-    async def _hold(self, group: Group) -> None:
-        if group.stored.is_set():
-            return
-        self._counts["held"] += 1
-        try:
-            await asyncio.wait_for(group.stored.wait(), self._hold_seconds)
-        except TimeoutError:
-            self._counts["gave_up"] += 1
-            group.stored.set()
+    def remove_servers(self, server_ids: list[str]) -> None:
+        super().remove_servers(server_ids)
+        for name in server_ids:
+            self._state.pop(name, None)
+            if task := self._tasks.pop(name, None):
+                task.cancel()
+        self._release([leader for leader in self._leaders() if leader.server in server_ids])
 
     def get_status(self) -> dict:
-        return {**super().get_status(), **self._counts}
+        loads = {name: server.load for name, server in self._state.items()}
+        return {**super().get_status(), **self._counters(), **self._pace, "tokens_left": loads}
+
+    def _counters(self) -> dict[str, Any]:
+        even = break_even(self._pace)
+        return {**vars(self._counts), "break_even_tokens": round(even) if math.isfinite(even) else None}
+
+    # -- placing ------------------------------------------------------------------------------
+
+    def _choose(self, request_id: str, chunks: list[str], tokens: int) -> tuple[str, float]:
+        """The server with the least to do, this request's prefill included; and that prefill in tokens."""
+        last = self._request_id_to_server.get(request_id)
+        missing = self._missing(chunks, tokens)
+        if last in missing:
+            missing[last] = 0.0  # the next turn of a conversation: its server has what it generated, too
+        if self._full_determinism:
+            names = list(self._servers)
+            name = names[zlib.crc32(request_id.encode()) % len(names)]
+        else:
+            name = min(missing, key=lambda name: self._state[name].load + missing[name])
+        self._counts.moved += last is not None and last != name
+        self._request_id_to_server[request_id] = name
+        return name, missing[name]
+
+    def _missing(self, chunks: list[str], tokens: int) -> dict[str, float]:
+        """By server: tokens it would have to compute; loading one counts as the share of it that its time is."""
+        ratio = min(1.0, (self._pace["prefill"] or 0.0) / (self._pace["load"] or 1.0))
+        policies = {server.policy for server in self._state.values()}
+        holders = {policy: self._holders(policy, chunks) for policy in policies}
+        missing = {}
+        for name, server in self._state.items():
+            stored = holders[server.policy]
+            others = sum(name not in holding for holding in stored)
+            missing[name] = tokens - (len(stored) - others * ratio) * self._chunk_size
+        return missing
+
+    def _holders(self, policy: str | None, chunks: list[str]) -> list[set[str]]:
+        """Who holds each of the leading chunks that are stored."""
+        found = []
+        for chunk in chunks:
+            holding = self._stored.get((policy, chunk))
+            if holding is None:
+                break
+            found.append(holding)
+        return found
+
+    # -- leading and holding ------------------------------------------------------------------
+
+    async def _hold(self, chunks: list[str]) -> None:
+        """Wait for whoever computes a part of this prompt; go at once when that comes to nothing."""
+        clock = asyncio.get_running_loop().time
+        began, held = clock(), False
+        while leader := self._leader_of(chunks):
+            self._counts.held += not held
+            held = True
+            left = began + self._hold_seconds - clock()
+            done, _ = await asyncio.wait([leader.outcome], timeout=max(0.0, left))
+            if not done:
+                self._counts.gave_up += 1
+            if not done or not leader.outcome.result():
+                break
+        if held:
+            waited = clock() - began
+            self._counts.wait_seconds += waited
+            self._counts.longest_wait = max(self._counts.longest_wait, waited)
+
+    def _leader_of(self, chunks: list[str]) -> Leader | None:
+        policies = {server.policy for server in self._state.values() if server.policy}
+        found = (self._computing.get((policy, chunk)) for chunk in reversed(chunks) for policy in policies)
+        return next(filter(None, found), None)
+
+    def _lead(self, name: str, placed: Placed, chunks: list[str]) -> None:
+        """Note what this request's server will have, and let others wait for what nobody has yet."""
+        policy = placed.server.policy
+        if not policy:
+            return
+        fresh = []
+        for key in ((policy, chunk) for chunk in chunks):
+            if key in self._stored:
+                self._stored[key].add(name)
+            elif key not in self._computing:
+                fresh.append(key)
+        if not fresh:
+            return
+        self._counts.leaders += 1
+        leader = placed.leader = Leader(name, fresh, asyncio.get_running_loop().create_future())
+        self._computing |= dict.fromkeys(fresh, leader)
+        self._start(self._watch(placed, leader, (policy, chunks[-1])))
+
+    async def _watch(self, placed: Placed, leader: Leader, key: Key) -> None:
+        stored = False
+        try:
+            handle = self._servers[leader.server]
+            stored, self._pace = await handle.wait_prefix_stored.remote(*key, self._hold_seconds)
+        except Exception as error:  # a server that died stores nothing either
+            logger.warning("router: %s did not say whether a prefix is stored: %s", leader.server, error)
+        finally:
+            self._settle(leader, stored)
+            placed.server.load -= placed.prefill  # that much is done
+            placed.prefill = 0.0
+
+    def _settle(self, leader: Leader, stored: bool) -> None:
+        if leader.outcome.done():
+            return
+        leader.outcome.set_result(stored)
+        for key in leader.keys:
+            self._computing.pop(key, None)
+            if stored:
+                self._stored[key] = {leader.server}
+
+    def _leaders(self) -> list[Leader]:
+        return list({id(leader): leader for leader in self._computing.values()}.values())
+
+    def _release(self, leaders: list[Leader]) -> None:
+        for leader in leaders:
+            self._settle(leader, False)
+
+    # -- what servers tell --------------------------------------------------------------------
+
+    async def _hear_from_all(self) -> None:
+        """Follow each server's policy; the first time, wait for it."""
+        for name in self._servers:
+            if name not in self._tasks:
+                self._tasks[name] = asyncio.ensure_future(self._follow(name))
+        for server in [server for server in self._state.values() if not server.heard.is_set()]:
+            await server.heard.wait()
+
+    async def _follow(self, name: str) -> None:
+        handle, server, known = self._servers[name], self._state[name], ""
+        try:
+            while True:
+                server.policy = known = await handle.wait_policy_change.remote(known)
+                server.heard.set()
+                policies = {other.policy for other in self._state.values()}
+                self._release([leader for leader in self._leaders() if leader.policy not in policies])
+        except Exception as error:
+            logger.warning("router: %s does not tell its policy, nobody waits for its prefixes: %s", name, error)
+        finally:  # gone, or removed
+            server.policy = None
+            server.heard.set()
+            self._release([leader for leader in self._leaders() if leader.server == name])
+
+    def _start(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
 
 
 def _chunk_size() -> int:

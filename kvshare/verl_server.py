@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -15,7 +15,9 @@ import ray
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from kvshare import events, p2p, policy
-from kvshare.ledger import Ledger, Prefill, StoredPrefixes, prefix_digest, whole_chunks
+from kvshare.ledger import Ledger
+from kvshare.prefixes import Prefill, StoredPrefixes, chunk_digests
+from kvshare.rates import Pace, Rates
 from kvshare.verl_cpu import is_cpu
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class KVShareServer(vLLMHttpServer):
     def __init__(self, *, replica_rank: int, **kwargs: Any) -> None:
         self._events = events.Receiver()
         self._prefixes = StoredPrefixes()
+        self._rates = Rates()
+        self._policy_changed = asyncio.Event()
         self._ready = asyncio.Event()
         self._updating = self._warned = False
         self._before_first_update = policy.private_policy()
@@ -90,6 +94,7 @@ class KVShareServer(vLLMHttpServer):
     async def collective_rpc(self, method: str | Callable, *args: Any, **kwargs: Any) -> None:
         if _touches_weights(method) and not self._updating:
             self._updating, self._warned = True, False
+            self._tell_policy()
             # Requests that run on must store nothing more under the policy that ends here.
             await self.engine.reset_prefix_cache(reset_connector=True)
         await super().collective_rpc(method, *args, **kwargs)
@@ -97,6 +102,18 @@ class KVShareServer(vLLMHttpServer):
     async def set_global_steps(self, global_steps: int) -> None:
         await super().set_global_steps(global_steps)
         self._updating = False
+        self._tell_policy()
+
+    def _tell_policy(self) -> None:
+        self._prefixes.give_up()
+        changed, self._policy_changed = self._policy_changed, asyncio.Event()
+        changed.set()
+
+    async def wait_policy_change(self, known: str | None) -> str | None:
+        """For the router: the policy others can share, None during an update; returns when it is not ``known``."""
+        while (now := None if self._updating else self.policy) == known:
+            await self._policy_changed.wait()
+        return now
 
     def _warn_if_updating(self) -> None:
         if self._updating and not self._warned:
@@ -121,28 +138,36 @@ class KVShareServer(vLLMHttpServer):
             prompt = _salted(prompt, stamp)
             _tag(sampling_params, stamp, request_id)
             self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
-            output, answered = None, False
+            output, began, answered = None, time.monotonic(), False
             try:
                 async for output in generate(
                     prompt=prompt, sampling_params=sampling_params, request_id=request_id, **kwargs
                 ):
                     if not answered:
                         answered = True
-                        # Without LMCache nothing is ever stored, and nobody need wait for it.
-                        cached = output.num_cached_tokens if self._ready.is_set() else sys.maxsize
-                        self._prefixes.first_token(request_id, cached or 0)
+                        self._answers(request_id, output, time.monotonic() - began)
                     yield output
             finally:
-                self._prefixes.finished(request_id)
+                self._prefixes.ended(request_id)
                 if output is not None:
                     prompt_tokens = len(output.prompt_token_ids or ())
                     cached = output.num_cached_tokens or 0
+                    self._rates.answered(sum(len(o.token_ids) for o in output.outputs))
                     self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached)
 
         return stamped
 
     def _prefill(self, stamp: str, ids: list[int]) -> Prefill:
-        return Prefill(stamp, prefix_digest(ids, self._chunk_size), whole_chunks(len(ids), self._chunk_size))
+        chunks = chunk_digests(ids, self._chunk_size)
+        return Prefill(stamp, chunks[-1] if chunks else "", len(chunks) * self._chunk_size)
+
+    def _answers(self, request_id: str, output: Any, seconds: float) -> None:
+        """The first token is there, after ``seconds``."""
+        cached = output.num_cached_tokens or 0
+        if not cached:
+            self._rates.prefilled(len(output.prompt_token_ids or ()), seconds)
+        # Without LMCache nothing is ever stored, and nobody need wait for it.
+        self._prefixes.first_token(request_id, cached if self._ready.is_set() else sys.maxsize)
 
     # -- what was shared ----------------------------------------------------------------------
 
@@ -153,16 +178,22 @@ class KVShareServer(vLLMHttpServer):
             if op == "ready":
                 self._ready.set()
             elif op == "stored":
+                self._rates.stored(event["seconds"])
                 self._prefixes.stored(request, event["end"])
             else:
                 if op == "store":
                     self._prefixes.storing(request)
+                elif event["tokens"]:
+                    self._rates.loaded(sum(event["tokens"]), event.pop("seconds"))
                 self._ledger.write(op, **event)
 
-    async def wait_prefix_stored(self, prefix: str, seconds: float) -> None:
-        """Return once other replicas can find the prefix (see ``prefix_digest``), at the latest after ``seconds``."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._prefixes.event(self.policy, prefix).wait(), seconds)
+    async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
+        """For the router: whether others can find the prefix (the last of ``chunk_digests``), once that is clear.
+
+        False if it will not be stored, if the policy has ended, or after ``seconds``.
+        """
+        stored = policy == self.policy and await self._prefixes.wait((policy, prefix), seconds)
+        return stored, self._rates.pace()
 
     def _get_worker_extension_cls(self) -> str:
         return "kvshare.verl_cpu_worker.CPUWorkerExtension" if is_cpu() else super()._get_worker_extension_cls()

@@ -43,6 +43,7 @@ def job(environment, data, model):
                 f"data.train_files='{data}/train.parquet'",
                 f"data.val_files='{data}/test.parquet'",
                 f"+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='{json.dumps(connector)}'",
+                f"actor_rollout_ref.rollout.router_config_path='{ROOT / 'config' / 'router.yaml'}'",
                 *overrides,
             ],
         )
@@ -72,6 +73,7 @@ BAD_OVERRIDES = {
     "actor_rollout_ref.rollout.tensor_model_parallel_size=0": "ZeroDivisionError",
     "data.train_files=null": "check of data failed",
     "actor_rollout_ref.rollout.router_config_path=/no/router.yaml": "router config /no/router.yaml does not exist",
+    "actor_rollout_ref.rollout.full_determinism=true": "needs full_determinism: true in the router config too",
     "trainer.nnodes=2": "is this machine only, the job has 2 nodes",
     "algorithm.adv_estimator=grop": "ADV_ESTIMATOR 'grop' is not one verl knows",
     f"~{KV[2:-1]}": "names no LMCache connector",

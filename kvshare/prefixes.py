@@ -1,0 +1,100 @@
+"""Prefixes of prompts in whole chunks, and when others may count on finding one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from array import array
+from dataclasses import dataclass
+
+from cachetools import LRUCache
+
+Key = tuple[str, str]  # policy, digest of a prefix
+
+
+def chunk_digests(prompt_ids: list[int], chunk_size: int) -> list[str]:
+    """A digest for each whole chunk of a prompt, of all tokens up to its end."""
+    whole = array("q", prompt_ids[: len(prompt_ids) // chunk_size * chunk_size])
+    digest, digests = hashlib.blake2b(digest_size=16), []
+    for start in range(0, len(whole), chunk_size):
+        digest.update(whole[start : start + chunk_size].tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+@dataclass
+class Prefill:
+    """A request under way whose prefix others may be waiting for."""
+
+    policy: str
+    prefix: str  # the last of chunk_digests; empty: less than a chunk
+    tokens: int  # of the prefix
+    storing: int = 0  # store() calls whose KV has not arrived yet
+    ended: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.policy, self.prefix
+
+
+class StoredPrefixes:
+    """Knows when the prefix of a request can be found by others, and lets them wait for that."""
+
+    def __init__(self, remember: int = 10_000) -> None:
+        self._stored: LRUCache = LRUCache(maxsize=remember)  # Key -> True
+        self._prefills: dict[str, Prefill] = {}
+        self._waiting: dict[Key, set[asyncio.Future[bool]]] = {}
+
+    async def wait(self, key: Key, seconds: float) -> bool:
+        """True once others can find the prefix; False if that will not be, or not within ``seconds``."""
+        if key in self._stored:
+            return True
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, set()).add(future)
+        done, _ = await asyncio.wait([future], timeout=seconds)
+        return bool(done) and future.result()
+
+    def started(self, request: str, prefill: Prefill) -> None:
+        if prefill.prefix:
+            self._prefills[request] = prefill
+
+    def first_token(self, request: str, cached: int) -> None:
+        """The prefill is done; if ``cached`` tokens cover its prefix there was nothing to store."""
+        prefill = self._prefills.get(request)
+        if prefill and cached >= prefill.tokens:
+            self._resolve(prefill.key, True)
+
+    def storing(self, request: str) -> None:
+        if prefill := self._prefills.get(request):
+            prefill.storing += 1
+
+    def stored(self, request: str, end: int) -> None:
+        """One store() has arrived, with the request's tokens up to ``end``."""
+        if prefill := self._prefills.get(request):
+            prefill.storing -= 1
+            if end >= prefill.tokens and not prefill.storing:
+                self._resolve(prefill.key, True)
+            self._forget_if_over(request, prefill)
+
+    def ended(self, request: str) -> None:
+        """The request ended, however it did; what it is still storing may arrive yet."""
+        if prefill := self._prefills.get(request):
+            prefill.ended = True
+            self._forget_if_over(request, prefill)
+
+    def give_up(self) -> None:
+        """Nothing that is awaited now will come: the weights change."""
+        for key in list(self._waiting):
+            self._resolve(key, False)
+
+    def _forget_if_over(self, request: str, prefill: Prefill) -> None:
+        if prefill.ended and not prefill.storing:
+            del self._prefills[request]
+            self._resolve(prefill.key, False)
+
+    def _resolve(self, key: Key, stored: bool) -> None:
+        if stored:
+            self._stored[key] = True
+        for future in self._waiting.pop(key, ()):
+            if not future.done():
+                future.set_result(stored)

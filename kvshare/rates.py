@@ -1,0 +1,56 @@
+"""When is it faster to load a prefix than to compute it? From what an engine was seen to do."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TypedDict
+
+
+class Pace(TypedDict):
+    """None is not known yet."""
+
+    prefill: float | None  # tokens a second
+    load: float | None  # tokens a second, from LMCache
+    delay: float | None  # seconds from the end of a prefill until others can find it
+    response: float | None  # tokens of an answer, on average
+
+
+class Rates:
+    """The best of the last 64 of each: what was slower than that had to wait for others."""
+
+    def __init__(self) -> None:
+        self._prefill, self._load, self._delay = (deque[float](maxlen=64) for _ in range(3))
+        self._response = deque[int](maxlen=256)
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        self._prefill.append(tokens / seconds)
+
+    def loaded(self, tokens: int, seconds: float) -> None:
+        self._load.append(tokens / seconds)
+
+    def stored(self, delay: float) -> None:
+        self._delay.append(max(0.0, delay))
+
+    def answered(self, tokens: int) -> None:
+        self._response.append(tokens)
+
+    def pace(self) -> Pace:
+        return {
+            "prefill": max(self._prefill, default=None),
+            "load": max(self._load, default=None),
+            "delay": min(self._delay, default=None),
+            "response": sum(self._response) / len(self._response) if self._response else None,
+        }
+
+
+def break_even(pace: Pace) -> float:
+    """Tokens from which loading a prefix is faster than computing it; infinite if it never is.
+
+    Computing takes ``n / prefill`` seconds, waiting for another's and loading it ``delay + n / load``.
+    0 as long as one of them is not known: the first prefixes are how they become known.
+    """
+    prefill, load, delay = pace["prefill"], pace["load"], pace["delay"]
+    if prefill is None or load is None or delay is None:
+        return 0.0
+    return delay / (1 / prefill - 1 / load) if load > prefill else math.inf

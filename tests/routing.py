@@ -1,0 +1,54 @@
+"""Routing under verl (`make routing`, about 15 minutes): verl's own router against kvshare's, n = 4 and 8."""
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from kvshare.demo import Demo, failures
+
+STEPS = 3
+ARMS = {  # router and samples a prompt
+    "verl, n = 4": ("null", 4),
+    "kvshare, n = 4": (None, 4),
+    "kvshare, n = 8": (None, 8),
+}
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routing")
+    results = {}
+    for name, (router, n) in ARMS.items():
+        overrides = [f"trainer.total_training_steps={STEPS}", f"actor_rollout_ref.rollout.n={n}"]
+        with pytest.MonkeyPatch.context() as environment:
+            if router:
+                environment.setenv("ROUTER", router)
+            results[name] = Demo(folder / name.replace(", n = ", ""), overrides).run()
+    _print(results)
+    return results
+
+
+def _print(results):
+    table = Table(title=f"{STEPS} steps, 2 replicas, 4 prompts")
+    for column in ("routing", "prefill amplification", "shared hit", "stale", "correlation", "held", "longest wait"):
+        table.add_column(column)
+    for name, run in results.items():
+        tokens, routing = run["tokens"], run["routing"]
+        cells = [run["prefill_amplification"], f"{tokens['shared_hit']:,}", tokens["stale_hit"]]
+        cells += [f"{run['mismatch']['pearson_min']:.8f}", routing.get("held"), routing.get("longest_wait")]
+        table.add_row(name, *map(str, cells))
+    Console(width=120).print("\n", table)
+
+
+def test_verls_own_routing_prefills_on_every_replica(arms):
+    assert arms["verl, n = 4"]["prefill_amplification"] > 1.7
+
+
+@pytest.mark.parametrize("arm", [name for name in ARMS if name.startswith("kvshare")])
+def test_every_prefix_is_computed_once(arms, arm):
+    result = arms[arm]
+    assert failures(result) == []
+    assert result["prefill_amplification"] <= 1.1
+    assert result["routing"]["gave_up"] == 0
+    for policy in result["policy"]:
+        assert policy["shared_hit"] > 0
