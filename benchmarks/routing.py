@@ -83,10 +83,11 @@ class Engine:
         async with self._prefilling:
             await self._prefill(request, prompt, chunks)
         self._batch += 1
+        began = asyncio.get_running_loop().time()
         for left in range(response, 0, -32):
             await asyncio.sleep(min(32, left) * (STEP + STEP_EACH * self._batch))
         self._batch -= 1
-        self._rates.answered(response)
+        self._rates.answered(response, asyncio.get_running_loop().time() - began)
         self._prefixes.ended(request)
 
     async def _prefill(self, request: str, prompt: list[int], chunks: list[str]) -> None:

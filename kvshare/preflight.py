@@ -243,7 +243,7 @@ def _router(job: Job) -> Iterator[str]:
     path = job.rollout.router_config_path
     if path and not Path(path).is_file():
         yield f"router config {path} does not exist: set ROUTER to one that does, or to null for verl's own routing"
-    elif path and job.rollout.full_determinism and not OmegaConf.load(path).get("full_determinism"):
+    elif path and job.rollout.full_determinism and not OmegaConf.select(OmegaConf.load(path), "full_determinism"):
         yield f"rollout.full_determinism needs full_determinism: true in the router config too: set it in {path}"
 
 

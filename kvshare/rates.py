@@ -13,6 +13,7 @@ class Pace(TypedDict):
     prefill: float | None  # tokens a second
     load: float | None  # tokens a second, from LMCache
     delay: float | None  # seconds from the end of a prefill until others can find it
+    decode: float | None  # tokens a second, of one request
     response: float | None  # tokens of an answer, on average
 
 
@@ -20,7 +21,7 @@ class Rates:
     """The best of the last 64 of each: what was slower than that had to wait for others."""
 
     def __init__(self) -> None:
-        self._prefill, self._load, self._delay = (deque[float](maxlen=64) for _ in range(3))
+        self._prefill, self._load, self._delay, self._decode = (deque[float](maxlen=64) for _ in range(4))
         self._response = deque[int](maxlen=256)
 
     def prefilled(self, tokens: int, seconds: float) -> None:
@@ -32,16 +33,28 @@ class Rates:
     def stored(self, delay: float) -> None:
         self._delay.append(max(0.0, delay))
 
-    def answered(self, tokens: int) -> None:
+    def answered(self, tokens: int, seconds: float) -> None:
+        """Args: tokens of the answer; seconds from its first token to its last."""
         self._response.append(tokens)
+        if tokens > 1 and seconds > 0:
+            self._decode.append((tokens - 1) / seconds)
 
     def pace(self) -> Pace:
         return {
             "prefill": max(self._prefill, default=None),
             "load": max(self._load, default=None),
             "delay": min(self._delay, default=None),
+            "decode": max(self._decode, default=None),
             "response": sum(self._response) / len(self._response) if self._response else None,
         }
+
+
+UNKNOWN = Pace(prefill=None, load=None, delay=None, decode=None, response=None)
+
+
+def worth(rate: float | None, decode: float | None, guess: float) -> float:
+    """What a token prefilled or loaded at ``rate`` takes of the time of one generated; at most 1."""
+    return min(1.0, decode / rate) if rate and decode else guess
 
 
 def break_even(pace: Pace) -> float:

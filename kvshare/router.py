@@ -22,19 +22,20 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.ledger import Ledger
 from kvshare.prefixes import Key, chunk_digests
-from kvshare.rates import Pace, break_even
+from kvshare.rates import UNKNOWN, break_even, worth
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 100_000  # chunks
 AFTER_RELEASE = 1.0  # seconds until a leader that ended without its server's knowing is given up
 FIRST_RESPONSE = 256  # tokens of an answer, until the run has shown its own
+FIRST_WORTH = 0.01  # a prompt token in generated ones, likewise
 
 
 @dataclass
 class Server:
     policy: str | None = None  # of its weights; None while they change, or if it does not tell
-    load: float = 0.0  # tokens left to do
+    load: float = 0.0  # tokens left to generate; those of prompts count as what their time is worth
     heard: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -53,7 +54,7 @@ class Leader:
 
 @dataclass
 class Placed:
-    """A request under way, and what it adds to its server's load: tokens left to do."""
+    """A request under way, and what it adds to its server's load: its prompt and its answer."""
 
     server: Server
     prefill: float
@@ -88,7 +89,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._computing: dict[Key, Leader] = {}
         self._stored: LRUCache = LRUCache(maxsize=REMEMBERED)  # Key -> names of servers that hold it themselves
         self._placed: dict[str, Placed] = {}
-        self._pace = Pace(prefill=None, load=None, delay=None, response=None)
+        self._pace = UNKNOWN
         self._tasks: dict[str, asyncio.Task] = {}
         self._watchers: set[asyncio.Task] = set()
         self._counts = Counts()
@@ -149,12 +150,13 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     def _counters(self) -> dict[str, Any]:
         even = break_even(self._pace)
-        return {**vars(self._counts), "break_even_tokens": round(even) if math.isfinite(even) else None}
+        counts = {name: round(count, 3) for name, count in vars(self._counts).items()}
+        return {**counts, "break_even_tokens": round(even) if math.isfinite(even) else None}
 
     # -- placing ------------------------------------------------------------------------------
 
     def _choose(self, request_id: str, chunks: list[str], tokens: int) -> tuple[str, float]:
-        """The server with the least to do, this request's prefill included; and that prefill in tokens."""
+        """The server with the least to do, this request's prompt included; and what the prompt costs there."""
         last = self._request_id_to_server.get(request_id)
         missing = self._missing(chunks, tokens)
         if last in missing:
@@ -169,15 +171,17 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         return name, missing[name]
 
     def _missing(self, chunks: list[str], tokens: int) -> dict[str, float]:
-        """By server: tokens it would have to compute; loading one counts as the share of it that its time is."""
-        ratio = min(1.0, (self._pace["prefill"] or 0.0) / (self._pace["load"] or 1.0))
+        """By server: what the prompt would cost there, in tokens generated in that time."""
+        decode = self._pace["decode"]
+        prefill, load = worth(self._pace["prefill"], decode, FIRST_WORTH), worth(self._pace["load"], decode, 0.0)
         policies = {server.policy for server in self._state.values()}
         holders = {policy: self._holders(policy, chunks) for policy in policies}
         missing = {}
         for name, server in self._state.items():
             stored = holders[server.policy]
             others = sum(name not in holding for holding in stored)
-            missing[name] = tokens - (len(stored) - others * ratio) * self._chunk_size
+            computed = tokens - len(stored) * self._chunk_size
+            missing[name] = computed * prefill + others * self._chunk_size * load
         return missing
 
     def _holders(self, policy: str | None, chunks: list[str]) -> list[set[str]]:

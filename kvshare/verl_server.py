@@ -138,21 +138,22 @@ class KVShareServer(vLLMHttpServer):
             prompt = _salted(prompt, stamp)
             _tag(sampling_params, stamp, request_id)
             self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
-            output, began, answered = None, time.monotonic(), False
+            output, began, answered = None, time.monotonic(), 0.0
             try:
                 async for output in generate(
                     prompt=prompt, sampling_params=sampling_params, request_id=request_id, **kwargs
                 ):
                     if not answered:
-                        answered = True
-                        self._answers(request_id, output, time.monotonic() - began)
+                        answered = time.monotonic()
+                        self._answers(request_id, output, answered - began)
                     yield output
             finally:
                 self._prefixes.ended(request_id)
                 if output is not None:
                     prompt_tokens = len(output.prompt_token_ids or ())
                     cached = output.num_cached_tokens or 0
-                    self._rates.answered(sum(len(o.token_ids) for o in output.outputs))
+                    tokens = sum(len(o.token_ids) for o in output.outputs)
+                    self._rates.answered(tokens, time.monotonic() - answered)
                     self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached)
 
         return stamped

@@ -1,5 +1,7 @@
 """Routing under verl (`make routing`, about 15 minutes): verl's own router against kvshare's, n = 4 and 8."""
 
+import json
+
 import pytest
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +25,8 @@ def arms(tmp_path_factory):
         with pytest.MonkeyPatch.context() as environment:
             if router:
                 environment.setenv("ROUTER", router)
-            results[name] = Demo(folder / name.replace(", n = ", ""), overrides).run()
+            run = folder / name.replace(", n = ", "")
+            results[name] = {**Demo(run, overrides).run(), "folder": run}
     _print(results)
     return results
 
@@ -50,5 +53,17 @@ def test_every_prefix_is_computed_once(arms, arm):
     assert failures(result) == []
     assert result["prefill_amplification"] <= 1.1
     assert result["routing"]["gave_up"] == 0
-    for policy in result["policy"]:
-        assert policy["shared_hit"] > 0
+    shared = shared_hits(result["folder"])
+    assert len(shared) == STEPS * 2
+    assert all(shared.values())
+
+
+def shared_hits(folder):
+    """Tokens by (policy, replica)."""
+    events = [json.loads(line) for path in folder.glob("events-?.jsonl") for line in path.read_text().splitlines()]
+    stored = {(key, e["replica"]) for e in events if e["op"] == "store" for key in e["keys"]}
+    found = {(e["policy"], e["replica"]): 0 for e in events if e["op"] == "request"}
+    for e in (e for e in events if e["op"] == "load"):
+        for key, tokens in zip(e["keys"], e["tokens"], strict=True):
+            found[e["policy"], e["replica"]] += tokens if (key, e["replica"]) not in stored else 0
+    return found

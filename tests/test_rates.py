@@ -25,4 +25,4 @@ def test_slower_than_recomputing_never_pays():
 
 def test_everything_is_tried_until_the_rates_are_known():
     assert break_even(Rates().pace()) == 0
-    assert break_even(Pace(prefill=1e4, load=None, delay=0.1, response=None)) == 0
+    assert break_even(Pace(prefill=1e4, load=None, delay=0.1, decode=None, response=None)) == 0

@@ -11,16 +11,15 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare.rates import Pace
+from kvshare.rates import UNKNOWN, Pace
 from kvshare.router import PrefillOnceRouter
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import routing
 
 CHUNK = 256
-UNKNOWN = Pace(prefill=None, load=None, delay=None, response=None)
-FAST = Pace(prefill=10_000, load=100_000, delay=0.01, response=200)
-NEVER = Pace(prefill=50_000, load=20_000, delay=0.01, response=200)
+FAST = Pace(prefill=10_000, load=100_000, delay=0.01, decode=50, response=200)
+NEVER = Pace(prefill=50_000, load=20_000, delay=0.01, decode=50, response=200)
 PROMPT = [7] * 1000
 
 

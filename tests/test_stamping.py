@@ -7,6 +7,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from kvshare import events, policy, verl_server
+from kvshare.prefixes import StoredPrefixes
 from kvshare.verl_server import KVShareServer, _salted, _server_class, _tag
 
 
@@ -16,6 +17,7 @@ def server():
     made = _server_class("0123456789abcdef").__new__(_server_class("0123456789abcdef"))
     made.global_steps, made._updating, made._warned = None, False, False
     made._before_first_update, made.replica_rank = policy.private_policy(), 0
+    made._prefixes, made._policy_changed = StoredPrefixes(), asyncio.Event()
     return made
 
 
@@ -24,16 +26,33 @@ def test_policy_through_an_update(server, monkeypatch):
 
     monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", nothing)
     server.engine = _Engine()
+    heard = []
+
+    async def scenario():
+        router = asyncio.create_task(follow())
+        await asyncio.sleep(0)
+        await server.set_global_steps(3)
+        await asyncio.sleep(0)
+        assert server.policy == "0123456789abcdef-3"
+        await server.collective_rpc("update_weights_from_ipc")
+        assert server.policy != server.policy  # unknown: one for each request
+        await server.collective_rpc("finish_weight_update")
+        await asyncio.sleep(0)
+        assert server.engine.resets == 1  # at the start, so that requests under way store nothing more as policy 3
+        await server.set_global_steps(4)
+        await asyncio.sleep(0)
+        router.cancel()
+
+    async def follow():
+        known = ""
+        while True:
+            known = await server.wait_policy_change(known)
+            heard.append(known)
+
     before = server.policy
     assert before == server.policy  # its own until the first update
-    asyncio.run(server.set_global_steps(3))
-    assert server.policy == "0123456789abcdef-3"
-    asyncio.run(server.collective_rpc("update_weights_from_ipc"))
-    assert server.policy != server.policy  # unknown: one for each request
-    asyncio.run(server.collective_rpc("finish_weight_update"))
-    assert server.engine.resets == 1  # at the start, so that requests under way store nothing more as policy 3
-    asyncio.run(server.set_global_steps(4))
-    assert server.policy == "0123456789abcdef-4"
+    asyncio.run(scenario())
+    assert heard == [before, "0123456789abcdef-3", None, "0123456789abcdef-4"]
 
 
 def test_update_without_global_steps_is_not_silent(server, monkeypatch):
