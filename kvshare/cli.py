@@ -104,6 +104,38 @@ def preflight(
 
 
 @app.command()
+def server(
+    host: Annotated[str, typer.Argument(help="Where to listen.")] = "localhost",
+    port: Annotated[str, typer.Argument()] = "65432",
+    memory: Annotated[str, typer.Option(metavar="GIB", help="How much KV to keep.")] = "8",
+    status: Annotated[Path | None, typer.Option(help="JSON file to keep counts in: bytes, entries, evicted…")] = None,
+) -> None:
+    """lmcache_server with a bound: when its memory is full, the least recently used KV goes."""
+    from kvshare import server as servers
+
+    servers.serve(host, _port(port), _bytes(memory), status)
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 6 and 0 < int(text) < 65536):
+        raise UserError(f"PORT {text!r} must be a number from 1 to 65535")
+    return int(text)
+
+
+def _bytes(gib: str) -> int:
+    import psutil
+
+    machine = psutil.virtual_memory().total
+    try:
+        size = int(float(gib) * 2**30)
+    except (ValueError, OverflowError):  # not a number, or infinite
+        size = 0
+    if not 0 < size <= machine:
+        raise UserError(f"--memory {gib!r} must be a number of GiB, at most this machine's {machine / 2**30:.1f}")
+    return size
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="KVSHARE_RUN_DIR of the run.")],
     baseline: Annotated[
