@@ -12,7 +12,6 @@ cannot tell another replica's KV from one's own. These events can, because they 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -97,16 +96,8 @@ def _submit_put(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> Any:
     # Keys that another request is putting already are skipped by LMCache, without a call back.
     keys = [key for key in (args[0] if args else kwargs["keys"]) if not backend.exists_in_put_tasks(key)]
 
-    def sent(key: Any) -> None:
-        """lm:// does not acknowledge a put: ask for the last key, on the same connection."""
-        if key != keys[-1]:
-            puts.finished(key)
-            return
-        asked = asyncio.run_coroutine_threadsafe(backend.connection.exists(key), backend.loop)
-        asked.add_done_callback(lambda _: puts.finished(key))
-
     puts.started(set(keys))
-    result = wrapped(*args, **kwargs, on_complete_callback=sent)
+    result = wrapped(*args, **kwargs, on_complete_callback=puts.finished)
     # Without a connection LMCache drops the puts and calls nobody back.
     for key in keys:
         if not backend.exists_in_put_tasks(key):

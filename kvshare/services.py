@@ -34,7 +34,7 @@ def check_lmcache_server(url: str) -> str:
     if not host or not port:
         raise UserError(f"remote_url {url!r} is not lm://HOST:PORT: correct it in the LMCache config")
     start = f"start it with: lmcache_server {host} {port}"
-    reply = _exchange(host, port, _health_request(), 36, f"lmcache_server at {host}:{port}", start)
+    reply = _exchange(host, port, health_request(), 36, f"lmcache_server at {host}:{port}", start)
     if not _is_health_reply(reply):
         raise UserError(
             f"{host}:{port} is taken by something that is not lmcache_server: "
@@ -121,7 +121,8 @@ def _exchange(host: str, port: int, request: bytes, size: int, what: str, start:
         raise UserError(f"{what} does not answer ({error.strerror or error}): {start}") from None
 
 
-def _health_request() -> bytes:
+def health_request() -> bytes:
+    """What asks an ``lm://`` server whether it is well."""
     import torch
     from lmcache.utils import CacheEngineKey
     from lmcache.v1.memory_management import MemoryFormat

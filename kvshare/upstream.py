@@ -24,7 +24,13 @@ def installed(package: str) -> str:
 
 
 def wrap(module: Any, path: str, wrapper: Callable[..., Any], *parameters: str) -> None:
-    """Wrap ``module.path`` with a wrapt wrapper, after checking that it takes ``parameters``.
+    """Wrap ``module.path`` with a wrapt wrapper, after ``check``."""
+    check(module, path, *parameters)
+    wrapt.wrap_function_wrapper(module, path, wrapper)
+
+
+def check(module: Any, path: str, *parameters: str) -> None:
+    """See that ``module.path`` is a function that takes ``parameters``.
 
     Raises:
         UpstreamChanged: it is missing, or one of the named parameters is.
@@ -42,4 +48,3 @@ def wrap(module: Any, path: str, wrapper: Callable[..., Any], *parameters: str) 
             f"{module.__name__}.{path} lacks {', '.join(missing)} in {package} {installed(package)}; "
             f"kvshare knows {package} {KNOWN[package]}: install one of those"
         )
-    wrapt.wrap_function_wrapper(module, path, wrapper)

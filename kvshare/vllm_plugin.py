@@ -25,6 +25,7 @@ _HOOKS = (
     ("lmcache.integration.vllm.lmcache_connector_v1", "kvshare.lmcache_reset:mend_dynamic_connector"),
     ("lmcache.v1.gpu_connector", "kvshare.lmcache_cpu:mend_gpu_connector"),
     ("lmcache.v1.cache_engine", "kvshare.lmcache_events:mend_cache_engine"),
+    ("lmcache.v1.storage_backend.connector.lm_connector", "kvshare.lm_connector:mend_lm_connector"),
     ("lmcache.v1.storage_backend.remote_backend", "kvshare.lmcache_events:mend_remote_backend"),
     ("vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector", "kvshare.lmcache_reset:mend_connector"),
     ("vllm.v1.core.sched.scheduler", "kvshare.vllm_prefix_cache:mend_scheduler"),

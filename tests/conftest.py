@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from backend import Backend
 from engines import Engine
 from oracle import Weights
 
@@ -55,13 +56,19 @@ def weights(model, tmp_path_factory) -> Weights:
 
 
 @pytest.fixture(scope="session")
-def start_engine(processes, lmcache_server, weights, tmp_path_factory):
+def backend(processes, tmp_path_factory) -> Backend:
+    """What the engines share through; it can be made to fail."""
+    return Backend(processes, tmp_path_factory.mktemp("backend") / "log")
+
+
+@pytest.fixture(scope="session")
+def start_engine(processes, backend, weights, tmp_path_factory):
     """Starts an engine on the one model folder they share; ``wait()`` for it."""
     folder = tmp_path_factory.mktemp("engines")
     # A path that lmcache_server's own key format could not carry: with @, and too long.
     model = weights.make(0, folder / "qwen@tiny" / ("long-" * 20))
     config = str(ROOT / "config" / "remote_backend_config.yaml")
-    environment = {"LMCACHE_CONFIG_FILE": config, "LMCACHE_REMOTE_URL": f"lm://{lmcache_server}"}
+    environment = {"LMCACHE_CONFIG_FILE": config, "LMCACHE_REMOTE_URL": f"lm://{backend.address}"}
 
     def start(rank: int, name: str, **more: str) -> Engine:
         return Engine(processes, rank, model, folder / f"{name}.log", environment | more)
@@ -71,6 +78,9 @@ def start_engine(processes, lmcache_server, weights, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def engines(start_engine) -> list[Engine]:
-    """Two replicas, with vLLM's own prefix cache on."""
-    return [engine.wait() for engine in [start_engine(0, "0"), start_engine(1, "1")]]
+def engines(start_engine, backend) -> list[Engine]:
+    """Two replicas, with vLLM's own prefix cache on. Their server is not there when they start."""
+    backend.does = "refuse"
+    started = [engine.wait() for engine in [start_engine(0, "0"), start_engine(1, "1")]]
+    backend.does = "serve"
+    return started

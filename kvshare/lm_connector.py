@@ -1,0 +1,215 @@
+"""LMCache's ``lm://`` client, when the server is slow, hung, wrong, restarted or gone.
+
+LMCache 0.5.6's own (LMCServerConnector) never reconnects after its server was restarted, waits for a
+hung one without end, takes part of a reply for the whole, and loads what a dying client left of an
+entry. This one takes its place; protocol, URL and settings are the same.
+
+* No operation takes longer than ``blocking_timeout_secs`` of the LMCache config. After one that
+  failed nothing is asked until a probe in the background finds the server healthy again: meanwhile
+  lookups miss, and vLLM recomputes.
+* Puts have a connection and a thread of their own, and are confirmed: a put that returns can be found.
+* An entry carries a checksum of its content and key. What does not fit is a miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import xxhash
+
+from kvshare.services import health_request
+from kvshare.upstream import check
+
+logger = logging.getLogger(__name__)
+
+CHECKSUM = 8  # bytes after each entry
+PROBE_EVERY = 1.0  # seconds
+MAX_WAITING_PUTS = 64  # chunks; more than the server can take are not stored
+
+
+def mend_lm_connector(module: Any) -> None:
+    """LMCache looks the class up each time it makes one."""
+    check(module, "LMCServerConnector.__init__", "host", "port", "loop", "local_cpu_backend")
+    module.LMCServerConnector = _connector_class()
+
+
+class Link:
+    """One connection, opened when it is needed; what goes wrong closes it."""
+
+    def __init__(self, address: tuple[str, int], timeout: float) -> None:
+        self._address, self._timeout = address, timeout
+        self._socket: socket.socket | None = None
+        self._deadline = 0.0
+
+    def __enter__(self) -> Link:
+        self._deadline = time.monotonic() + self._timeout
+        if self._socket is None:
+            self._socket = socket.create_connection(self._address, timeout=self._timeout)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is not None:
+            self.close()
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def send(self, data: Any) -> None:
+        self._ready().sendall(data)
+
+    def receive(self, into: Any) -> None:
+        view = memoryview(into)
+        while view:
+            count = self._ready().recv_into(view)
+            if not count:
+                raise ConnectionError("the server closed the connection")
+            view = view[count:]
+
+    def _ready(self) -> socket.socket:
+        assert self._socket is not None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no answer within {self._timeout} s")
+        self._socket.settimeout(left)
+        return self._socket
+
+
+def _connector_class() -> type:
+    import torch
+    from lmcache.v1.memory_management import MemoryFormat
+    from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, ServerMetaMessage, ServerReturnCode
+    from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
+
+    class LMConnector(RemoteConnector):
+        def __init__(self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> None:
+            super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
+            timeout = float(local_cpu_backend.config.blocking_timeout_secs)
+            self._new_link = lambda: Link((host, port), timeout)
+            self._reads, self._writes = self._new_link(), self._new_link()
+            self._name = f"lm://{host}:{port}"
+            self._loop, self._memory = loop, local_cpu_backend
+            self._down = threading.Event()
+            self._lock = threading.Lock()
+            self._putting = ThreadPoolExecutor(1, "kvshare-lm-put")
+            self._waiting = 0
+
+        async def exists(self, key: Any) -> bool:
+            return not self._down.is_set() and self._has(self._reads, key)
+
+        def exists_sync(self, key: Any) -> bool:
+            return asyncio.run_coroutine_threadsafe(self.exists(key), self._loop).result()
+
+        async def get(self, key: Any) -> Any:
+            if self._down.is_set():
+                return None
+            with self._use(self._reads) as link:
+                meta = self._request(link, ClientCommand.GET, key)
+                return self._receive(link, key, meta) if meta.code == ServerReturnCode.SUCCESS else None
+
+        async def put(self, key: Any, memory_obj: Any) -> None:
+            if self._waiting >= MAX_WAITING_PUTS:
+                self._went_down(TimeoutError(f"{MAX_WAITING_PUTS} chunks wait for it already"))
+            self._waiting += 1
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._putting, self._put, key, memory_obj)
+            finally:
+                self._waiting -= 1
+
+        async def list(self) -> list[str]:
+            return []
+
+        async def close(self) -> None:
+            self._putting.shutdown(wait=False, cancel_futures=True)
+            self._reads.close()
+            self._writes.close()
+
+        def _put(self, key: Any, memory_obj: Any) -> None:
+            if self._down.is_set():
+                return
+            data, shape = memory_obj.byte_array, memory_obj.get_shape()
+            what = memory_obj.get_memory_format(), memory_obj.get_dtype(), shape
+            with self._use(self._writes) as link:
+                link.send(ClientMetaMessage(ClientCommand.PUT, key, len(data) + CHECKSUM, *what).serialize())
+                link.send(data)
+                link.send(_checksum(key, data))
+            if not self._has(self._writes, key):
+                logger.warning("%s did not keep an entry of %d bytes: is its memory too small?", self._name, len(data))
+
+        def _has(self, link: Link, key: Any) -> bool:
+            with self._use(link):
+                return self._request(link, ClientCommand.EXIST, key).code == ServerReturnCode.SUCCESS
+
+        def _request(self, link: Link, command: Any, key: Any) -> Any:
+            nothing = MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])
+            link.send(ClientMetaMessage(command, key, 0, *nothing).serialize())
+            reply = bytearray(ServerMetaMessage.packlength())
+            link.receive(reply)
+            return ServerMetaMessage.deserialize(reply)
+
+        def _receive(self, link: Link, key: Any, meta: Any) -> Any:
+            """The entry that a reply announces; None if it is not what was put, or there is no room for it."""
+            size = meta.length - CHECKSUM
+            if not meta.dtype or size != meta.shape.numel() * meta.dtype.itemsize or size > self.full_chunk_size_bytes:
+                raise ValueError(f"{self._name} sent an entry of {meta.length} bytes, which is none of ours")
+            memory_obj = self._memory.allocate(meta.shape, meta.dtype, meta.fmt)
+            if memory_obj is None:
+                link.close()  # the rest of the reply is not read
+                return None
+            checksum = bytearray(CHECKSUM)
+            try:
+                link.receive(memory_obj.byte_array)
+                link.receive(checksum)
+            except BaseException:
+                memory_obj.ref_count_down()
+                raise
+            if checksum == _checksum(key, memory_obj.byte_array):
+                return memory_obj
+            logger.warning("%s sent an entry with a wrong checksum: it is recomputed", self._name)
+            memory_obj.ref_count_down()
+            return None
+
+        @contextlib.contextmanager
+        def _use(self, link: Link) -> Iterator[Link]:
+            try:
+                with link:
+                    yield link
+            except OSError as error:
+                self._went_down(error)
+                raise
+
+        def _went_down(self, error: BaseException) -> None:
+            with self._lock:
+                if self._down.is_set():
+                    return
+                self._down.set()
+            logger.error("%s: %s; nothing is asked of it until it is healthy, KV is recomputed", self._name, error)
+            threading.Thread(target=self._probe, name="kvshare-lm-probe", daemon=True).start()
+
+        def _probe(self) -> None:
+            while True:
+                time.sleep(PROBE_EVERY)
+                with contextlib.suppress(OSError), self._new_link() as link:
+                    link.send(health_request())
+                    link.receive(bytearray(ServerMetaMessage.packlength()))
+                    link.close()
+                    break
+            logger.warning("%s is back: KV is shared again", self._name)
+            self._down.clear()
+
+    return LMConnector
+
+
+def _checksum(key: Any, data: Any) -> bytes:
+    seed = xxhash.xxh3_64_intdigest(key.to_string().encode())
+    return xxhash.xxh3_64(data, seed=seed).digest()
