@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo install test freshness routing lint lock clean
+.PHONY: demo install test freshness routing faults lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -36,6 +36,10 @@ freshness: .venv/dev
 routing: .venv/dev
 	$(BIN)/pytest -s tests/routing.py
 	$(BIN)/python benchmarks/routing.py --plot docs/routing.svg
+
+# Faults on live engines, and a server that dies and comes back under verl: docs/reliability.md.
+faults: .venv/dev
+	$(BIN)/pytest -s tests/test_faults.py tests/test_server.py tests/faults.py
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

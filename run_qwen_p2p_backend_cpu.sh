@@ -75,6 +75,4 @@ export "${environment[@]}"
 python3 -c "import kvshare" 2>/dev/null ||
   { echo "kvshare is not installed for $(command -v python3): activate .venv, or pip install -e $here" >&2; exit 2; }
 python3 -m kvshare preflight --backend p2p --device cpu -- "${train[@]:3}"
-mkdir -p "$run_dir"
-"${train[@]}"
-python3 -m kvshare report "$run_dir"
+exec python3 -m kvshare run "$run_dir" "${train[@]}" # ends what it started, however it ends; then the report

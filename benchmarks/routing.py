@@ -20,7 +20,7 @@ from typing import Any
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.prefixes import Prefill, StoredPrefixes, chunk_digests
-from kvshare.rates import Rates
+from kvshare.rates import Pace, Rates
 from kvshare.router import PrefillOnceRouter
 
 CHUNK = 256
@@ -69,12 +69,12 @@ class Engine:
         self._prefixes, self._rates = StoredPrefixes(), Rates()
         self._never = asyncio.Event()
 
-    async def wait_policy_change(self, known: str | None) -> str:
+    async def wait_policy_change(self, known: str | None) -> tuple[str, Pace]:
         if known == POLICY:
             await self._never.wait()
-        return POLICY
+        return POLICY, self._rates.pace()
 
-    async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Any]:
+    async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
         return await self._prefixes.wait((policy, prefix), seconds), self._rates.pace()
 
     async def generate(self, request: str, prompt: list[int], response: int) -> None:

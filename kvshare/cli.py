@@ -97,10 +97,13 @@ def preflight(
         for error in errors:
             print(f"kvshare preflight: {error}", file=sys.stderr)
         raise typer.Exit(2)
+    for warning in job.warnings:
+        print(f"kvshare preflight: warning: {warning}", file=sys.stderr)
     if folder := os.environ.get("KVSHARE_RUN_DIR"):
         checks.record(job, Path(folder))
     service = job.facts.get("service", job.lmcache.remote_url)
-    print(f"kvshare preflight: ok, {job.replicas} {device} replicas of {job.world_size}, {service}", flush=True)
+    stores = f", a step stores up to {job.facts['stored_bytes'] / 2**30:.2f} GiB" if "stored_bytes" in job.facts else ""
+    print(f"kvshare preflight: ok, {job.replicas} {device} replicas of {job.world_size}, {service}{stores}", flush=True)
 
 
 @app.command()
@@ -133,6 +136,29 @@ def _bytes(gib: str) -> int:
     if not 0 < size <= machine:
         raise UserError(f"--memory {gib!r} must be a number of GiB, at most this machine's {machine / 2**30:.1f}")
     return size
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="KVSHARE_RUN_DIR of the run.")],
+    command: Annotated[list[str], typer.Argument(help="What trains, with its arguments.")],
+) -> None:
+    """Train, end everything that was started, however training ends, and report; exit code of the training."""
+    from uuid import uuid4
+
+    from kvshare import report as reports
+    from kvshare.processes import Processes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with Processes(("KVSHARE_RUN", uuid4().hex)) as processes:
+            code = processes.start(command, None).wait()
+    except KeyboardInterrupt:
+        print("kvshare run: interrupted; everything it started has ended", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if not code:
+        _print_report(reports.write(folder), folder)
+    raise typer.Exit(code if code >= 0 else 128 - code)
 
 
 @app.command()

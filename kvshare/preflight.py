@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Job:
     config: Any = None  # verl's composed config
     lmcache: Any = None  # LMCache's own config object
     facts: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def rollout(self) -> Any:
@@ -60,11 +62,13 @@ def run(job: Job) -> list[str]:
     errors = list(_packages(job))
     if errors:
         return errors
-    for stage in ((_compose, _lmcache), (_plugins, _devices, _model, _data, _connector, _router, _service, _estimator)):
+    checks = (_plugins, _devices, _model, _data, _connector, _router, _service, _estimator)
+    for stage in ((_compose, _lmcache), checks):
         for check in stage:
             errors += _collect(check, job)
         if errors:
             return errors
+    job.warnings = [*_collect(_memory, job), *_collect(_exposure, job)]
     return []
 
 
@@ -277,6 +281,50 @@ def _estimator(job: Job) -> Iterator[str]:
         yield f"ADV_ESTIMATOR {estimator!r} is not one verl knows: use grpo, or gae for PPO with a critic"
 
 
+def _memory(job: Job) -> Iterator[str]:
+    """How much KV a step may store, and whether the server keeps as much."""
+    data = job.config.data
+    try:
+        a_token = kv_bytes(json.loads((Path(job.config.actor_rollout_ref.model.path) / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):  # on the hub, or no model of that kind
+        return
+    a_token *= 2 if job.rollout.dtype == "float32" else 1
+    whole = data.max_prompt_length // job.lmcache.chunk_size * job.lmcache.chunk_size
+    stored = job.facts["stored_bytes"] = data.train_batch_size * whole * a_token
+    status = os.environ.get(services.SERVER_STATUS)
+    if job.backend == "remote" and status and Path(status).is_file():
+        limit = json.loads(Path(status).read_text())["limit"]
+        if limit < stored:
+            keeps, needs = f"{limit / 2**30:.2f} GiB", f"{stored / 2**30:.2f} GiB"
+            yield (
+                f"kvshare server keeps {keeps}, a step stores up to {needs}: prefixes may be evicted before others "
+                f"read them: start it with --memory {math.ceil(stored / 2**30 * 1.2)}"
+            )
+
+
+def kv_bytes(model: dict[str, Any]) -> int:
+    """Bytes of KV a token in 16 bits, from a Hugging Face ``config.json``."""
+    heads = model["num_attention_heads"]
+    head_size = model.get("head_dim") or model["hidden_size"] // heads
+    return 2 * model["num_hidden_layers"] * model.get("num_key_value_heads", heads) * head_size * 2
+
+
+def _exposure(job: Job) -> Iterator[str]:
+    for host, port in services.exposed(_ports(job)):
+        yield (
+            f"port {port} of LMCache listens on {host}, beyond this host, and asks nobody who they are: "
+            "start it with 127.0.0.1, or see to a firewall"
+        )
+
+
+def _ports(job: Job) -> set[int]:
+    """Of the services the backend needs."""
+    p2p_urls = [job.lmcache.controller_pull_url, job.lmcache.controller_reply_url]
+    urls = p2p_urls if job.backend == "p2p" else [job.lmcache.remote_url]
+    ports = [str(url).rpartition(":")[2] for url in urls]
+    return {int(port) for port in ports if port.isdigit()}
+
+
 def record(job: Job, folder: Path) -> None:
     """Write ``run.json``, which the report needs, and clear what an earlier run left in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,6 +341,8 @@ def describe(job: Job) -> dict[str, Any]:
         "replicas": job.replicas,
         "model": str(job.config.actor_rollout_ref.model.path),
         "chunk_size": job.lmcache.chunk_size,
+        "stored_bytes_a_step": job.facts.get("stored_bytes"),
+        "server_status": os.environ.get(services.SERVER_STATUS),
         "adv_estimator": str(job.config.algorithm.adv_estimator),
         "versions": {name: versions.version(name) for name in ("verl", "vllm", "lmcache", "torch", "ray")},
     }

@@ -44,14 +44,14 @@ class Processes:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def start(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
-        """Start ``command`` with its output going to ``log``."""
+    def start(self, command: list[str], log: Path | None, env: Mapping[str, str] | None = None) -> subprocess.Popen:
+        """Start ``command`` with its output going to ``log``, or to where ours goes."""
         marked = {**os.environ, **(env or {}), self._mark[0]: self._mark[1], "TMPDIR": self._temporary}
-        with open(log, "wb") as out:
+        with open(log, "wb") if log else contextlib.nullcontext() as out:
             child = subprocess.Popen(
                 command,
                 stdout=out,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.STDOUT if out else None,
                 stdin=subprocess.DEVNULL,
                 env=marked,
                 start_new_session=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import TypedDict
 
 
@@ -15,6 +16,9 @@ class Pace(TypedDict):
     delay: float | None  # seconds from the end of a prefill until others can find it
     decode: float | None  # tokens a second, of one request
     response: float | None  # tokens of an answer, on average
+
+
+ENOUGH = 16  # of each, before it counts: the first steps of a run are slow
 
 
 class Rates:
@@ -41,12 +45,16 @@ class Rates:
 
     def pace(self) -> Pace:
         return {
-            "prefill": max(self._prefill, default=None),
-            "load": max(self._load, default=None),
-            "delay": min(self._delay, default=None),
-            "decode": max(self._decode, default=None),
+            "prefill": _best(max, self._prefill),
+            "load": _best(max, self._load),
+            "delay": _best(min, self._delay),
+            "decode": _best(max, self._decode),
             "response": sum(self._response) / len(self._response) if self._response else None,
         }
+
+
+def _best(choose: Callable[[deque[float]], float], seen: deque[float]) -> float | None:
+    return choose(seen) if len(seen) >= ENOUGH else None
 
 
 UNKNOWN = Pace(prefill=None, load=None, delay=None, decode=None, response=None)

@@ -159,6 +159,8 @@ def read(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
             raise UserError(f"{path} has no run.json: give the KVSHARE_RUN_DIR of a run that a launcher started")
     events = (e for path in sorted(folder.glob("events-*.jsonl")) for e in _lines(path))
     run = json.loads((folder / "run.json").read_text())
+    status = Path(run.pop("server_status", None) or "")
+    run["server"] = json.loads(status.read_text()) if status.is_file() else None
     return summarize(events, _metrics(folder), run, _metrics(baseline) if baseline else None)
 
 
@@ -212,8 +214,16 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def facts(report: dict[str, Any]) -> dict[str, str]:
     """What is not a token count, in words."""
-    mismatch = report["mismatch"]
-    return {
+    mismatch, server = report["mismatch"], report.get("server")
+    memory = (
+        {}
+        if not server
+        else {
+            "kvshare server": f"{server['bytes'] / 2**30:.2f} of {server['limit'] / 2**30:.2f} GiB; "
+            f"{server['evicted']:,} entries evicted, {server['refused']:,} refused"
+        }
+    )
+    return memory | {
         "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
         "router": _routing(report["routing"]),
         "rollout/actor correlation": f"{mismatch['pearson_min']} "

@@ -276,10 +276,12 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             await server.heard.wait()
 
     async def _follow(self, name: str) -> None:
-        handle, server, known = self._servers[name], self._state[name], ""
+        handle, server = self._servers[name], self._state[name]
+        known: str | None = ""
         try:
             while True:
-                server.policy = known = await handle.wait_policy_change.remote(known)
+                known, self._pace = await handle.wait_policy_change.remote(known)
+                server.policy = known
                 server.heard.set()
                 policies = {other.policy for other in self._state.values()}
                 self._release([leader for leader in self._leaders() if leader.policy not in policies])

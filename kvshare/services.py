@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
+
+import psutil
 
 from kvshare.errors import UserError
 from kvshare.processes import Processes
@@ -16,6 +19,9 @@ from kvshare.processes import Processes
 class NotStarted(Exception):
     """A service ended before it was up."""
 
+
+SERVER_STATUS = "KVSHARE_SERVER_STATUS"
+"""Environment variable with the file that ``kvshare server --status`` writes; preflight and report read it."""
 
 TIMEOUT = 3.0  # seconds; these are local or one hop away
 
@@ -84,6 +90,13 @@ def check_controller(pull_url: str, reply_url: str) -> str:
                 f"stop it, or choose another port in controller_{name}_url and {start}"
             )
     return f"{host}:{pull} and {reply}"
+
+
+def exposed(ports: set[int]) -> list[tuple[str, int]]:
+    """Which of these ports of this machine can be reached from others, and where they listen."""
+    listening = {c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr}
+    found = [(a.ip, a.port) for a in listening if a.port in ports and not ipaddress.ip_address(a.ip).is_loopback]
+    return sorted(found, key=lambda at: at[1])
 
 
 def is_free(host: str, port: int) -> bool:

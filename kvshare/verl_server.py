@@ -109,11 +109,11 @@ class KVShareServer(vLLMHttpServer):
         changed, self._policy_changed = self._policy_changed, asyncio.Event()
         changed.set()
 
-    async def wait_policy_change(self, known: str | None) -> str | None:
+    async def wait_policy_change(self, known: str | None) -> tuple[str | None, Pace]:
         """For the router: the policy others can share, None during an update; returns when it is not ``known``."""
         while (now := None if self._updating else self.policy) == known:
             await self._policy_changed.wait()
-        return now
+        return now, self._rates.pace()
 
     def _warn_if_updating(self) -> None:
         if self._updating and not self._warned:

@@ -96,6 +96,24 @@ def test_null_connector_is_a_baseline(job):
     assert preflight.describe(checked)["backend"] == "no connector"
 
 
+def test_bound_that_is_too_small_is_a_warning(job, environment, tmp_path):
+    status = tmp_path / "status.json"
+    status.write_text(json.dumps({"limit": 2**20}))
+    environment.setenv("KVSHARE_SERVER_STATUS", str(status))
+    checked = job()
+    assert preflight.run(checked) == []
+    # 4 prompts of at most 1,536 tokens; 4 layers of K and V, 128 wide, in fp32
+    assert checked.facts["stored_bytes"] == 4 * 1536 * 4 * 2 * 128 * 4
+    assert "kvshare server keeps 0.00 GiB, a step stores up to 0.02 GiB" in checked.warnings[0]
+
+
+def test_port_that_others_can_reach_is_a_warning(job):
+    with socket.create_server(("0.0.0.0", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert services.exposed({port}) == [("0.0.0.0", port)]
+    assert services.exposed({port}) == []
+
+
 BAD_YAML = {
     "chunk_size: [": "is not YAML",
     "- a\n- b": "is not a mapping",

@@ -54,6 +54,23 @@ def test_signals_end_everything(tmp_path, number):
     assert not psutil.pid_exists(daemon)
 
 
+def test_launcher_that_is_ended_leaves_nothing(tmp_path):
+    """`kvshare run`, which every launcher becomes."""
+    out = tmp_path / "out"
+    with out.open("w") as log:
+        command = [sys.executable, "-m", "kvshare", "run", str(tmp_path), sys.executable, "-c", DAEMON]
+        launcher = subprocess.Popen(command, stdout=log)
+    daemon = _pid(out)
+    launcher.terminate()
+    assert launcher.wait(60) == 130
+    assert not psutil.pid_exists(daemon)
+
+
+def test_exit_code_of_training_is_kept(tmp_path):
+    command = [sys.executable, "-m", "kvshare", "run", str(tmp_path), sys.executable, "-c", "raise SystemExit(7)"]
+    assert subprocess.run(command).returncode == 7
+
+
 def test_orphaned_shared_memory_is_freed(tmp_path):
     """What a killed child leaves in /dev/shm goes, what a living process maps stays."""
     code = (

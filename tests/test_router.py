@@ -35,7 +35,7 @@ class Server:
         while self.policy == known:
             changed = self.changed
             await changed.wait()
-        return self.policy
+        return self.policy, self.pace
 
     def update(self, policy):
         self.policy, changed, self.changed = policy, self.changed, asyncio.Event()
@@ -162,7 +162,6 @@ def test_shared_examples_are_computed_once():
 @pytest.mark.parametrize(("pace", "tokens", "held"), [(FAST, 1000, 1), (FAST, 100, 0), (NEVER, 1000, 0)])
 def test_nobody_is_held_where_loading_does_not_pay(pace, tokens, held):
     async def test(router, servers):
-        router._pace = pace
         await arrive(router, *"ab", prompt=PROMPT[:tokens])
         assert router.get_status()["held"] == held
 
@@ -171,7 +170,6 @@ def test_nobody_is_held_where_loading_does_not_pay(pace, tokens, held):
 
 def test_next_turn_stays_while_there_is_room_and_moves_when_there_is_none():
     async def test(router, servers):
-        router._pace = NEVER
         name, _ = await router.acquire_server("talk", PROMPT)
         router.release_server(name, "talk")
         assert (await router.acquire_server("talk", PROMPT * 2))[0] == name
@@ -180,7 +178,7 @@ def test_next_turn_stays_while_there_is_room_and_moves_when_there_is_none():
         assert (await router.acquire_server("talk", PROMPT * 3))[0] != name
         assert router.get_status()["moved"] == 1
 
-    scenario(test)
+    scenario(test, pace=NEVER)
 
 
 def test_determinism_places_by_request_id():

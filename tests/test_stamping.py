@@ -8,6 +8,7 @@ from vllm.lora.request import LoRARequest
 
 from kvshare import events, policy, verl_server
 from kvshare.prefixes import StoredPrefixes
+from kvshare.rates import Rates
 from kvshare.verl_server import KVShareServer, _salted, _server_class, _tag
 
 
@@ -17,7 +18,7 @@ def server():
     made = _server_class("0123456789abcdef").__new__(_server_class("0123456789abcdef"))
     made.global_steps, made._updating, made._warned = None, False, False
     made._before_first_update, made.replica_rank = policy.private_policy(), 0
-    made._prefixes, made._policy_changed = StoredPrefixes(), asyncio.Event()
+    made._prefixes, made._rates, made._policy_changed = StoredPrefixes(), Rates(), asyncio.Event()
     return made
 
 
@@ -46,7 +47,7 @@ def test_policy_through_an_update(server, monkeypatch):
     async def follow():
         known = ""
         while True:
-            known = await server.wait_policy_change(known)
+            known, _ = await server.wait_policy_change(known)
             heard.append(known)
 
     before = server.policy
