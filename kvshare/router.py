@@ -9,6 +9,7 @@ docs/routing.md says why and when.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -273,7 +274,9 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             if name not in self._tasks:
                 self._tasks[name] = asyncio.ensure_future(self._follow(name))
         for server in [server for server in self._state.values() if not server.heard.is_set()]:
-            await server.heard.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(server.heard.wait(), self._hold_seconds)
+            server.heard.set()
 
     async def _follow(self, name: str) -> None:
         handle, server = self._servers[name], self._state[name]

@@ -143,6 +143,17 @@ def test_nobody_is_held_while_weights_change():
     scenario(test)
 
 
+def test_server_that_says_nothing_holds_nobody_forever():
+    async def test(router, servers):
+        servers["0"].policy = ""  # what the router has when it has heard nothing
+        tasks = await arrive(router, *"ab")
+        assert gone(tasks) == []
+        await asyncio.sleep(6)
+        assert "a" in gone(tasks)
+
+    scenario(test, hold_seconds=5)
+
+
 def test_shared_examples_are_computed_once():
     """Different questions after the same examples: one leads, then each leads its own rest."""
 
