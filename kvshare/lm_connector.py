@@ -19,7 +19,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -105,7 +105,7 @@ def _connector_class() -> type:
             self._waiting = 0
 
         async def exists(self, key: Any) -> bool:
-            return not self._down.is_set() and self._has(self._reads, key)
+            return not self._down.is_set() and self._do(self._reads, self._has, key)
 
         def exists_sync(self, key: Any) -> bool:
             return asyncio.run_coroutine_threadsafe(self.exists(key), self._loop).result()
@@ -113,9 +113,7 @@ def _connector_class() -> type:
         async def get(self, key: Any) -> Any:
             if self._down.is_set():
                 return None
-            with self._use(self._reads) as link:
-                meta = self._request(link, ClientCommand.GET, key)
-                return self._receive(link, key, meta) if meta.code == ServerReturnCode.SUCCESS else None
+            return self._do(self._reads, self._get, key)
 
         async def put(self, key: Any, memory_obj: Any) -> None:
             if self._waiting >= MAX_WAITING_PUTS:
@@ -137,18 +135,24 @@ def _connector_class() -> type:
         def _put(self, key: Any, memory_obj: Any) -> None:
             if self._down.is_set():
                 return
-            data, shape = memory_obj.byte_array, memory_obj.get_shape()
-            what = memory_obj.get_memory_format(), memory_obj.get_dtype(), shape
-            with self._use(self._writes) as link:
-                link.send(ClientMetaMessage(ClientCommand.PUT, key, len(data) + CHECKSUM, *what).serialize())
-                link.send(data)
-                link.send(_checksum(key, data))
-            if not self._has(self._writes, key):
-                logger.warning("%s did not keep an entry of %d bytes: is its memory too small?", self._name, len(data))
+            self._do(self._writes, self._send, key, memory_obj)
+            if not self._do(self._writes, self._has, key):
+                size = len(memory_obj.byte_array)
+                logger.warning("%s did not keep an entry of %d bytes: is its memory too small?", self._name, size)
+
+        def _send(self, link: Link, key: Any, memory_obj: Any) -> None:
+            data = memory_obj.byte_array
+            what = memory_obj.get_memory_format(), memory_obj.get_dtype(), memory_obj.get_shape()
+            link.send(ClientMetaMessage(ClientCommand.PUT, key, len(data) + CHECKSUM, *what).serialize())
+            link.send(data)
+            link.send(_checksum(key, data))
 
         def _has(self, link: Link, key: Any) -> bool:
-            with self._use(link):
-                return self._request(link, ClientCommand.EXIST, key).code == ServerReturnCode.SUCCESS
+            return self._request(link, ClientCommand.EXIST, key).code == ServerReturnCode.SUCCESS
+
+        def _get(self, link: Link, key: Any) -> Any:
+            meta = self._request(link, ClientCommand.GET, key)
+            return self._receive(link, key, meta) if meta.code == ServerReturnCode.SUCCESS else None
 
         def _request(self, link: Link, command: Any, key: Any) -> Any:
             nothing = MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])
@@ -179,11 +183,14 @@ def _connector_class() -> type:
             memory_obj.ref_count_down()
             return None
 
-        @contextlib.contextmanager
-        def _use(self, link: Link) -> Iterator[Link]:
+        def _do(self, link: Link, operation: Callable[..., Any], *args: Any) -> Any:
             try:
-                with link:
-                    yield link
+                try:
+                    with link:
+                        return operation(link, *args)
+                except ConnectionError:  # perhaps one from before the server was restarted: with a new one
+                    with link:
+                        return operation(link, *args)
             except OSError as error:
                 self._went_down(error)
                 raise
