@@ -17,14 +17,15 @@ from kvshare.processes import Processes
 
 HEADER, REPLY = struct.Struct("9i150s"), struct.Struct("9i")
 PUT, GET = 1, 2
+BOUND = 300_000_000  # bytes
 
 
 class Backend:
     """``does`` says how: serve, refuse, hang, slow, truncate, flip, or vanish (found, but gone when loaded)."""
 
-    def __init__(self, processes: Processes, log: Path, memory: str = "1") -> None:
+    def __init__(self, processes: Processes, log: Path) -> None:
         self.does = "serve"
-        self._processes, self._log, self._memory = processes, log, memory
+        self._processes, self._log = processes, log
         self._port = services.free_port()
         self.start()
         listener = socket.create_server(("127.0.0.1", 0))
@@ -32,7 +33,8 @@ class Backend:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self._port), "--memory", self._memory]
+        command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self._port)]
+        command += ["--memory", str(BOUND / 2**30)]
         self.process = self._processes.start(command, self._log)
         while True:
             assert self.process.poll() is None, self._log.read_text()

@@ -1,13 +1,35 @@
-"""A server that is killed and restarted under verl (`make faults`, about 7 minutes)."""
+"""What takes longer than `make test` may (`make faults`): a soak, and a server that dies and comes back under verl."""
 
+import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from backend import Backend
+import psutil
+from backend import BOUND, Backend
+from conftest import CHUNK
 
 from kvshare.demo import Demo, failures
 
 STEPS = 5
+REQUESTS = 2000
+
+
+def test_soak(engines, backend):
+    """Distinct prompts, about seven times what the server may keep."""
+    rng, server = random.Random(0), psutil.Process(backend.process.pid)
+    prompts = [[rng.randrange(300, 1500) for _ in range(CHUNK + 10)] for _ in range(REQUESTS)]
+    stamp, most = "soak", 0
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda prompt: engines[0].ask(prompt, stamp, tokens=1), prompts):
+            most = max(most, server.memory_info().rss)
+    newest = sum(engines[1].ask(prompt, stamp, tokens=1).cached for prompt in prompts[-50:])
+    oldest = sum(engines[1].ask(prompt, stamp, tokens=1).cached for prompt in prompts[:50])
+    hit = newest // CHUNK
+    print(f"\n{REQUESTS} requests: {most / 1e6:.0f} MB at most; newest 50: {hit} hit; oldest 50: {oldest} tokens")
+    assert most < 1.2 * BOUND
+    assert newest == 50 * CHUNK
+    assert oldest == 0
 
 
 def test_server_is_killed_in_step_2_and_back_in_step_3(processes, tmp_path, monkeypatch):
