@@ -138,7 +138,7 @@ def _connector_class() -> type:
             self._do(self._writes, self._send, key, memory_obj)
             if not self._do(self._writes, self._has, key):
                 size = len(memory_obj.byte_array)
-                logger.warning("%s did not keep an entry of %d bytes: is its memory too small?", self._name, size)
+                logger.error("%s did not keep an entry of %d bytes: is its memory too small?", self._name, size)
 
         def _send(self, link: Link, key: Any, memory_obj: Any) -> None:
             data = memory_obj.byte_array
@@ -168,6 +168,7 @@ def _connector_class() -> type:
                 raise ValueError(f"{self._name} sent an entry of {meta.length} bytes, which is none of ours")
             memory_obj = self._memory.allocate(meta.shape, meta.dtype, meta.fmt)
             if memory_obj is None:
+                logger.error("no room in LMCache's local memory for an entry of %s", self._name)
                 link.close()  # the rest of the reply is not read
                 return None
             checksum = bytearray(CHECKSUM)
@@ -179,7 +180,7 @@ def _connector_class() -> type:
                 raise
             if checksum == _checksum(key, memory_obj.byte_array):
                 return memory_obj
-            logger.warning("%s sent an entry with a wrong checksum: it is recomputed", self._name)
+            logger.error("%s sent an entry with a wrong checksum: it is recomputed", self._name)
             memory_obj.ref_count_down()
             return None
 
@@ -211,7 +212,7 @@ def _connector_class() -> type:
                     link.receive(bytearray(ServerMetaMessage.packlength()))
                     link.close()
                     break
-            logger.warning("%s is back: KV is shared again", self._name)
+            logger.error("%s is back: KV is shared again", self._name)
             self._down.clear()
 
     return LMConnector

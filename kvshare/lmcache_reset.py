@@ -66,14 +66,18 @@ def _hear_scheduler(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> N
 
 
 def _give_back(backends: dict[str, Any]) -> None:
-    """Free what is in the local tiers now; only the list of keys is made while the engine waits."""
+    """Free what is in the local tiers now; only the list of it is made while the engine waits."""
     held = [
-        (backends[tier], list(getattr(backends[tier], keys))) for tier, keys in LOCAL_TIERS.items() if tier in backends
+        (backends[tier], list(getattr(backends[tier], entries).items()))
+        for tier, entries in LOCAL_TIERS.items()
+        if tier in backends
     ]
 
     def free() -> None:
-        for backend, keys in held:
-            for key in keys:
+        for backend, entries in held:
+            for key, entry in entries:
+                if entry.is_pinned:  # a lookup has promised it to a request: LMCache evicts it in its time
+                    continue
                 try:
                     backend.remove(key)
                 except Exception:
