@@ -9,7 +9,7 @@ from typing import Any
 
 import wrapt
 
-KNOWN = {"lmcache": "0.4.4 - 0.5.6", "vllm": "0.18 - 0.28", "verl": "0.9.1"}
+KNOWN = {"lmcache": "0.4.4 - 0.5.6", "lmcache_ascend": "0.4.4", "vllm": "0.18 - 0.28", "verl": "0.9.1"}
 
 
 class UpstreamChanged(RuntimeError):
@@ -29,6 +29,12 @@ def wrap(module: Any, path: str, wrapper: Callable[..., Any], *parameters: str) 
     Raises:
         UpstreamChanged: it is missing, or one of the named parameters is.
     """
+    check(module, path, *parameters)
+    wrapt.wrap_function_wrapper(module, path, wrapper)
+
+
+def check(module: Any, path: str, *parameters: str) -> None:
+    """Raise UpstreamChanged unless ``module.path`` is there and takes ``parameters``."""
     package = module.__name__.split(".")[0]
     try:
         target = module
@@ -42,4 +48,3 @@ def wrap(module: Any, path: str, wrapper: Callable[..., Any], *parameters: str) 
             f"{module.__name__}.{path} lacks {', '.join(missing)} in {package} {installed(package)}; "
             f"kvshare knows {package} {KNOWN[package]}: install one of those"
         )
-    wrapt.wrap_function_wrapper(module, path, wrapper)
