@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo install test freshness routing faults lint lock clean
+.PHONY: demo install test test-npu freshness routing faults lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -41,6 +41,32 @@ routing: .venv/dev
 faults: .venv/dev
 	$(BIN)/pytest -s tests/test_faults.py tests/test_server.py tests/faults.py
 
+# What the NPU launchers rely on, in the packages NPUs run (no NPU needed, 2 minutes). LMCache-Ascend has no package:
+# make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>; without it the tests that need it are skipped.
+NPU := .venv-npu
+test-npu: $(NPU)/installed
+	LMCACHE_ASCEND="$(LMCACHE_ASCEND)" $(NPU)/bin/python -m pytest tests/npu
+
+# LMCache as NPUs have it, before .venv's; vLLM and vllm-ascend unpacked. Nothing of CUDA, nothing compiled.
+PINNED = $(shell grep -o '^$(1)==[^ ]*' requirements/npu.txt)
+NPU_PIP = $(BIN)/pip --python $(NPU)/bin/python
+VLLM_NPU := $(shell grep -o 'vllm@v[0-9.]*[0-9]' requirements/npu.txt | cut -dv -f3)
+$(NPU)/installed: .venv/dev requirements/npu.txt
+	rm -rf $(NPU) && $(BIN)/python -m venv --without-pip $(NPU)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(NPU)/venv.pth
+	mv $(NPU)/venv.pth $(NPU)/lib/python*/site-packages/
+	$(NPU_PIP) install -q --no-deps setuptools-rust semantic_version gguf diskcache
+	NO_CUDA_EXT=1 $(NPU_PIP) install -q --no-deps --no-build-isolation --no-binary lmcache \
+	  $(call PINNED,lmcache)
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM_NPU) $(NPU_PIP) download -q --no-deps --no-build-isolation \
+	  --no-binary vllm -d $(NPU) vllm==$(VLLM_NPU)
+	tar xzf $(NPU)/vllm-$(VLLM_NPU).tar.gz -C $(NPU) && mv $(NPU)/vllm-$(VLLM_NPU)/vllm $(NPU)/lib/python*/site-packages/
+	cp $(NPU)/vllm-$(VLLM_NPU)/requirements/common.txt $(NPU)/vllm-common.txt
+	$(NPU_PIP) download -q --no-deps --only-binary :all: --platform manylinux_2_34_$(shell uname -m) -d $(NPU) \
+	  $(call PINNED,vllm-ascend)
+	$(NPU)/bin/python -m zipfile -e $(NPU)/vllm_ascend-*.whl $(NPU)/vllm-ascend
+	touch $@
+
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -55,4 +81,4 @@ lock:
 	mv cpu.lock requirements/cpu.txt
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv $(NPU) outputs

@@ -10,6 +10,7 @@
 # DATA_DIR             train.parquet and test.parquet   (data/gsm8k)
 # ADV_ESTIMATOR        grpo, or gae (PPO with a critic) (grpo)
 # N_DEVICES, N_NODES   devices a node, nodes            (8, 1)
+# ASCEND_RT_VISIBLE_DEVICES  NPUs to use, e.g. 0,1      (all)
 # LMCache_CONFIG_FILE  LMCache settings                 (config/p2p_backend_config.yaml)
 # ROUTER               router YAML, null: verl's own    (config/router.yaml)
 # KVSHARE_RUN_DIR      metrics, events and the report   (outputs/p2p-<time>)
@@ -31,6 +32,7 @@ environment=(
   VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin
   "KVSHARE_RUN_DIR=$run_dir"
   "VERL_FILE_LOGGER_PATH=$run_dir/metrics.jsonl"
+  LMCACHE_ENABLE_ASYNC_LOADING=false # as in LMCache-Ascend's own P2P example; hccl comes from the file
 )
 
 runtime_env=() # the same for Ray: a cluster that is up already inherits nothing
@@ -42,6 +44,8 @@ train=(
   python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k
   "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}"
   trainer.device=npu
+  actor_rollout_ref.actor.use_torch_compile=false # verl's Ascend recipes do without
+  actor_rollout_ref.actor.fsdp_config.use_torch_compile=false
   "trainer.nnodes=${N_NODES:-1}"
   "trainer.n_gpus_per_node=${N_DEVICES:-8}"
   "actor_rollout_ref.model.path='$model'"

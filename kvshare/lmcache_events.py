@@ -30,6 +30,16 @@ def mend_cache_engine(module: Any) -> None:
     wrap(module, "LMCacheEngine.retrieve", _retrieve, "tokens", "mask")
 
 
+def mend_ascend_engine(module: Any) -> None:
+    """LMCache-Ascend's engine replaces LMCache's store() and retrieve(), its store() also on a thread of its own."""
+    path = "AscendLMCacheEngine._run_store_pipeline"
+    wrap(module, path, _store_pipeline, *_PIPELINE)
+    wrap(module, "AscendLMCacheEngine.retrieve", _retrieve, "tokens", "mask")
+
+
+_PIPELINE = ("req_id", "tokens", "hashes", "offsets", "mask", "num_to_store_tokens", "kwargs")
+
+
 def mend_remote_backend(module: Any) -> None:
     path = "RemoteBackend.batched_submit_put_task"
     wrap(module, path, _submit_put, "keys", "memory_objs", "transfer_spec", "on_complete_callback")
@@ -71,11 +81,21 @@ def _post_init(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _store(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
+    return _report_store(engine, lambda: wrapped(*args, **kwargs), args, kwargs)
+
+
+def _store_pipeline(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
+    call = {**dict(zip(_PIPELINE, args, strict=False)), **kwargs}
+    store = {**call["kwargs"], "tokens": call["tokens"], "mask": call["mask"]}
+    return _report_store(engine, lambda: wrapped(*args, **kwargs), (), store)
+
+
+def _report_store(engine: Any, store: Callable[[], Any], args: tuple, kwargs: dict) -> Any:
     if not _reports(engine):
-        return wrapped(*args, **kwargs)
+        return store()
     puts = Puts.current.value = Puts()
     try:
-        result = wrapped(*args, **kwargs)
+        result = store()
     finally:
         Puts.current.value = None
     try:

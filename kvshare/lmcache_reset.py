@@ -60,7 +60,8 @@ def _hear_scheduler(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> N
     reset_at = getattr(instance._parent._get_connector_metadata(), "kvshare_reset", 0.0)
     if reset_at > getattr(instance, "_kvshare_given_back", 0.0):
         instance._kvshare_given_back = reset_at
-        if instance.lmcache_engine is not None:
+        # Without a storage manager: a rank that LMCache has store nothing (save_only_first_rank, MLA).
+        if instance.lmcache_engine is not None and instance.lmcache_engine.storage_manager is not None:
             _give_back(instance.lmcache_engine.storage_manager.storage_backends)
     wrapped(*args, **kwargs)
 

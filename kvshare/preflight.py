@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvshare import lmcache_config, p2p, services, versions
+from kvshare import ascend, lmcache_config, p2p, services, versions
 from kvshare.errors import UserError
 
 BACKENDS = ("remote", "p2p")
@@ -85,6 +85,8 @@ def _collect(check: Callable[[Job], Iterator[str]], job: Job) -> list[str]:
 
 def _packages(job: Job) -> Iterator[str]:
     yield from versions.problems(job.device)
+    if job.device == "npu":
+        yield from ascend.missing()
     if find_spec("torchvision") and job.device == "cpu":
         yield "package torchvision does not fit torch's CPU build: pip uninstall -y torchvision torchaudio torchcodec"
 
@@ -125,6 +127,8 @@ def _hydra_arguments(args: list[str]) -> tuple[str, str, list[str]]:
 def _lmcache(job: Job) -> Iterator[str]:
     path = os.environ.get("LMCACHE_CONFIG_FILE")
     settings = lmcache_config.read(path)
+    if job.device == "npu":
+        ascend.load_lmcache()
     definitions = lmcache_config.definitions()
     found = [
         *lmcache_config.mistakes(settings, definitions, Path(path or "").name),
@@ -141,12 +145,23 @@ def _lmcache(job: Job) -> Iterator[str]:
     for option in ("use_layerwise", "enable_blending"):
         if getattr(job.lmcache, option):
             yield f"{path}: {option}: true makes LMCache drop the policy of a request: set it to false"
+    if job.device == "npu":
+        yield from _lmcache_ascend(job, path)
     if job.config.trainer.nnodes > 1:
         yield from _localhost(job)
     if job.backend == "remote" and not job.lmcache.remote_url:
         yield f"{path} has no remote_url, so nothing would be shared: set it, e.g. lm://localhost:65432"
     if job.backend == "p2p" and not (job.lmcache.enable_p2p and job.lmcache.enable_controller):
         yield f"{path}: the p2p backend needs enable_p2p: true and enable_controller: true"
+
+
+def _lmcache_ascend(job: Job, path: str | None) -> Iterator[str]:
+    if job.backend == "p2p" and job.lmcache.transfer_channel not in ascend.TRANSFER_CHANNELS:
+        known = " or ".join(ascend.TRANSFER_CHANNELS)
+        yield f"transfer_channel {job.lmcache.transfer_channel} is not one LMCache-Ascend knows: set it to {known}"
+    if job.lmcache.store_async:
+        # vLLM frees a preempted request's blocks; the connector of vLLM 0.23 does not wait for the store.
+        yield f"{path}: store_async: true may store KV that vLLM has overwritten: set it to false"
 
 
 def _localhost(job: Job) -> Iterator[str]:
@@ -181,7 +196,9 @@ def _devices(job: Job) -> Iterator[str]:
         import torch_npu  # noqa: F401
     found = getattr(torch, job.device).device_count()
     if found < wanted:
-        yield f"{wanted} {job.device} devices asked for, {found} found: set N_DEVICES, or make more visible"
+        visible = "ASCEND_RT_VISIBLE_DEVICES" if job.device == "npu" else "CUDA_VISIBLE_DEVICES"
+        more = f"make more visible ({visible}={os.environ[visible]})" if visible in os.environ else "make more visible"
+        yield f"{wanted} {job.device} devices asked for, {found} found: set N_DEVICES, or {more}"
 
 
 def _model(job: Job) -> Iterator[str]:
@@ -237,6 +254,8 @@ def _connector(job: Job) -> Iterator[str]:
         return
     if not str(connector.get("kv_connector", "")).startswith("LMCache"):
         yield f"kv_transfer_config names no LMCache connector, nothing would be shared: {value}"
+    elif job.device == "npu" and connector["kv_connector"] != ascend.CONNECTOR:
+        yield f"kv_connector {connector['kv_connector']} does not work on Ascend: use {ascend.CONNECTOR} (docs/npu.md)"
     if connector.get("kv_load_failure_policy") != "recompute":
         yield 'kv_transfer_config lacks "kv_load_failure_policy": "recompute": a failed load would fail the request'
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import wrapt
 
-KNOWN = {"lmcache": "0.4.4 - 0.5.6", "vllm": "0.18 - 0.28", "verl": "0.9.1"}
+KNOWN = {"lmcache": "0.4.4 - 0.5.6", "lmcache_ascend": "0.4.4", "vllm": "0.18 - 0.28", "verl": "0.9.1"}
 
 
 class UpstreamChanged(RuntimeError):
@@ -30,11 +30,7 @@ def wrap(module: Any, path: str, wrapper: Callable[..., Any], *parameters: str) 
 
 
 def check(module: Any, path: str, *parameters: str) -> None:
-    """See that ``module.path`` is a function that takes ``parameters``.
-
-    Raises:
-        UpstreamChanged: it is missing, or one of the named parameters is.
-    """
+    """Raise UpstreamChanged unless ``module.path`` is there and takes ``parameters``."""
     package = module.__name__.split(".")[0]
     try:
         target = module

@@ -19,9 +19,10 @@ FITS: dict[str, list[Row]] = {
         {"torch": "==2.13.*", "vllm": ">=0.27,<0.29", "lmcache": ">=0.5.4,<=0.5.6", "transformers": "<5.11", **VERL},
     ],
     "npu": [
+        # vLLM 0.18 is not one: with transformers < 5, and vllm-ascend's numpy < 2, it excludes verl 0.9.
         {
-            **{"torch": "==2.9.*", "torch-npu": "==2.9.*", "vllm": "==0.18.*", "vllm-ascend": "==0.18.*"},
-            **{"lmcache": "==0.4.4", "lmcache-ascend": "==0.4.4", **VERL},
+            **{"torch": "==2.10.*", "torch-npu": "==2.10.*", "vllm": "==0.23.*", "vllm-ascend": "==0.23.*"},
+            **{"transformers": ">=5.5.4,!=5.6.0,<5.11", "lmcache": "==0.4.4", "lmcache-ascend": "==0.4.4", **VERL},
         },
     ],
 }
@@ -49,6 +50,8 @@ def _misfits(row: Row, device: str) -> list[str]:
 
 
 def _requirement(package: str, wanted: str) -> str:
+    if package == "lmcache-ascend":
+        return f"its tag v{wanted.removeprefix('==')} from source, it is not on PyPI"
     return f"'{package}{wanted}'"
 
 

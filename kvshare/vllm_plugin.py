@@ -27,6 +27,8 @@ _HOOKS = (
     ("lmcache.v1.cache_engine", "kvshare.lmcache_events:mend_cache_engine"),
     ("lmcache.v1.storage_backend.connector.lm_connector", "kvshare.lm_connector:mend_lm_connector"),
     ("lmcache.v1.storage_backend.remote_backend", "kvshare.lmcache_events:mend_remote_backend"),
+    ("lmcache_ascend.v1.cache_engine", "kvshare.lmcache_events:mend_ascend_engine"),
+    ("lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1", "kvshare.lmcache_ascend:mend_connector"),
     ("vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector", "kvshare.lmcache_reset:mend_connector"),
     ("vllm.v1.core.sched.scheduler", "kvshare.vllm_prefix_cache:mend_scheduler"),
 )

@@ -1,0 +1,154 @@
+"""Two replicas and a weight update, with the token database, keys and connector of LMCache 0.4.4."""
+
+import threading
+import time
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lmcache.integration.vllm import vllm_v1_adapter as adapter
+from lmcache.integration.vllm.lmcache_connector_v1 import LMCacheConnectorV1Dynamic
+from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.metadata import LMCacheMetadata
+from lmcache.v1.token_database import ChunkedTokenDatabase, TokenDatabase
+from vllm import SamplingParams
+
+from kvshare import events, lmcache_events, lmcache_policy, policy
+
+CHUNK = 256
+TOKENS = list(range(3 * CHUNK + 7))
+RUN = "0123456789abcdef"
+
+
+def database(worker: int = 0) -> ChunkedTokenDatabase:
+    """One replica's: the model's path is as long as a checkpoint's can be."""
+    metadata = LMCacheMetadata(
+        f"/models/{'long-' * 30}qwen@7b", 1, 1, worker, worker, torch.bfloat16, (2, 2, 256, 2, 64)
+    )
+    return ChunkedTokenDatabase(LMCacheEngineConfig.from_defaults(chunk_size=CHUNK, save_unfull_chunk=False), metadata)
+
+
+def keys(replica: ChunkedTokenDatabase, step: int | None, tokens=TOKENS) -> list[str]:
+    configs = {} if step is None else {policy.TAG: policy.policy_id(RUN, step)}
+    return [key.to_string() for _, _, key in replica.process_tokens(tokens, request_configs=configs)]
+
+
+@pytest.fixture(params=["LMCache's hash", "LMCache-Ascend's hash"])
+def hashing(request, monkeypatch):
+    if "Ascend" in request.param:
+        request.getfixturevalue("lmcache_ascend")
+        from lmcache_ascend.v1.tokens_hash import _hash_tokens
+
+        monkeypatch.setattr(TokenDatabase, "_hash_tokens", _hash_tokens)
+
+
+def test_this_is_the_version():
+    assert version("lmcache") == "0.4.4"
+
+
+def test_replicas_share_within_a_policy_and_not_across(hashing):
+    one, other = database(), database()
+    assert len(keys(one, 1)) == 3
+    assert keys(one, 1) == keys(other, 1)
+    assert not set(keys(one, 1)) & set(keys(other, 2))
+    assert not set(keys(one, 1)) & set(keys(other, None))
+    assert keys(one, 1, TOKENS[:CHUNK]) == keys(one, 1)[:1]  # a prefix is found
+
+
+def test_keys_fit_into_lm(hashing):
+    for key in keys(database(), 10**6):
+        assert len(key) <= 150
+        assert key.count("@") == 4
+
+
+def test_async_lookup_makes_the_same_keys(hashing):
+    """It sends bare hashes to the worker, which makes the keys."""
+    hashes = [h for _, _, h in database().process_tokens(TOKENS, make_key=False)]
+    configs = {policy.TAG: policy.policy_id(RUN, 1)}
+    made = database().process_tokens(hashes=hashes, offsets=[CHUNK] * 3, request_configs=configs)
+    assert [key.to_string() for _, _, key in made] == keys(database(), 1)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    fresh = lmcache_policy.EnginePolicy()
+    monkeypatch.setattr("kvshare.lmcache_policy.engine", fresh)
+    monkeypatch.setattr("kvshare.lmcache_reset.engine", fresh)
+    return fresh
+
+
+def connector() -> LMCacheConnectorV1Dynamic:
+    """The scheduler's side, with one request being computed."""
+    made = LMCacheConnectorV1Dynamic.__new__(LMCacheConnectorV1Dynamic)
+    tracker = adapter.RequestTracker("r", 1, TOKENS, [], request_configs={policy.TAG: policy.policy_id(RUN, 1)})
+    made._lmcache_engine = SimpleNamespace(_request_trackers={"r": tracker})
+    return made
+
+
+def test_reset(engine):
+    before = adapter.extract_request_configs(SamplingParams())[policy.TAG]
+    scheduler = connector()
+    assert scheduler.reset_cache() is True
+    after = adapter.extract_request_configs(SamplingParams())[policy.TAG]
+    running = scheduler._lmcache_engine._request_trackers["r"].request_configs[policy.TAG]
+    assert len({before, after, running, policy.policy_id(RUN, 1)}) == 4
+    assert policy.is_private(running)
+
+
+def test_a_stamp_is_kept(engine):
+    stamp = {"kv_transfer_params": {policy.TAG: policy.policy_id(RUN, 2)}}
+    assert adapter.extract_request_configs(SamplingParams(extra_args=stamp)) == stamp["kv_transfer_params"]
+
+
+def test_a_request_from_before_the_reset_is_kept_to_itself(engine):
+    stamp = {"kv_transfer_params": {policy.TAG: policy.policy_id(RUN, 1)}}
+    params = SamplingParams(extra_args=stamp)
+    request = SimpleNamespace(sampling_params=params, arrival_time=time.time(), request_id="r", lora_request=None)
+    engine.reset()
+    looked_up = []
+    impl = SimpleNamespace(lookup_client=SimpleNamespace(clear_lookup_status=looked_up.append))
+    lmcache_policy._stamp(lambda *args: None, impl, (request, 0), {})
+    assert policy.is_private(params.extra_args["kv_transfer_params"][policy.TAG])
+    assert looked_up == ["r"]  # is forgotten
+
+
+@pytest.mark.parametrize("passive", [False, True])
+def test_worker_gives_back_its_local_tier(monkeypatch, passive):
+    """Through LMCache's start_load_kv, which LMCache-Ascend's calls; a passive rank has no storage manager."""
+    removed = []
+    tier = SimpleNamespace(hot_cache={"a": 1, "b": 2}, remove=removed.append)
+    manager = None if passive else SimpleNamespace(storage_backends={"LocalCPUBackend": tier})
+    impl = adapter.LMCacheConnectorV1Impl.__new__(adapter.LMCacheConnectorV1Impl)
+    monkeypatch.setattr(type(impl), "lmcache_engine", SimpleNamespace(storage_manager=manager), raising=False)
+    impl.kv_caches = {"layer": None}
+    metadata = adapter.LMCacheConnectorMetadata()
+    metadata.kvshare_reset = time.time()
+    impl._parent = SimpleNamespace(_get_connector_metadata=lambda: metadata)
+    impl.start_load_kv(SimpleNamespace(attn_metadata=None))
+    for thread in threading.enumerate():
+        if thread.name == "kvshare-give-back":
+            thread.join()
+    assert removed == ([] if passive else ["a", "b"])
+
+
+def test_ascends_engine_reports_its_stores(lmcache_ascend, monkeypatch):
+    from lmcache_ascend.v1.cache_engine import AscendLMCacheEngine
+
+    sent = []
+    monkeypatch.setattr(events, "sender", lambda: SimpleNamespace(send=sent.append))
+    engine = AscendLMCacheEngine.__new__(AscendLMCacheEngine)
+    engine.token_database = database()
+    engine.metadata = engine.token_database.metadata
+    monkeypatch.setattr(engine, "_log_kvcache_for_check", lambda **kwargs: None, raising=False)
+    monkeypatch.setattr(engine, "is_frozen", lambda: True)
+    configs = {policy.TAG: policy.policy_id(RUN, 1), events.REQUEST: "r"}
+    mask = torch.ones(len(TOKENS), dtype=torch.bool)
+    mask[:CHUNK] = False
+    engine._run_store_pipeline("r", TOKENS, None, None, mask, 519, {"request_configs": configs})
+    store, stored = sent
+    expected = [k.chunk_hash for _, _, k in database().process_tokens(TOKENS, request_configs=configs)]
+    assert (store["op"], store["keys"], store["request"]) == ("store", expected[1:], "r")
+    assert (stored["op"], stored["end"]) == ("stored", 3 * CHUNK)
+    assert store["policy"] == policy.policy_id(RUN, 1)
+    assert lmcache_events.Puts.current.value is None
