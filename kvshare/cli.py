@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
 
 from kvshare import __version__
 from kvshare.errors import UserError
+
+if TYPE_CHECKING:
+    from kvshare.preflight import Finding
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,25 +89,38 @@ def preflight(
     backend: Annotated[str, typer.Option(help="remote or p2p.")],
     device: Annotated[str, typer.Option(help="cuda, npu or cpu.")],
     hydra: Annotated[list[str], typer.Argument(help="-- and the arguments of verl.trainer.main_ppo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Check that a run can start and will share; exit code 2 and one line for each thing to mend."""
+    """Check that a run can start and will share; exit code 2 if something must be mended."""
     from kvshare import preflight as checks
 
     for name, value, known in (("--backend", backend, checks.BACKENDS), ("--device", device, checks.DEVICES)):
         if value not in known:
             raise UserError(f"{name} {value}: must be one of {', '.join(known)}")
     job = checks.Job(backend, device, hydra)
-    if errors := checks.run(job):
-        for error in errors:
-            print(f"kvshare preflight: {error}", file=sys.stderr)
+    findings = checks.run(job)
+    wrong = checks.errors(findings)
+    run = None if wrong else checks.describe(job)
+    if as_json:
+        print(json.dumps({"findings": [finding._asdict() for finding in findings], "run": run}, indent=2))
+    else:
+        _print_findings(findings, sys.stderr if wrong else sys.stdout)
+    if wrong:
         raise typer.Exit(2)
-    for warning in job.warnings:
-        print(f"kvshare preflight: warning: {warning}", file=sys.stderr)
     if folder := os.environ.get("KVSHARE_RUN_DIR"):
         checks.record(job, Path(folder))
-    service = job.facts.get("service", job.lmcache.remote_url)
-    stores = f", a step stores up to {job.facts['stored_bytes'] / 2**30:.2f} GiB" if "stored_bytes" in job.facts else ""
-    print(f"kvshare preflight: ok, {job.replicas} {device} replicas of {job.world_size}, {service}{stores}", flush=True)
+
+
+def _print_findings(findings: list[Finding], file: TextIO) -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for level, check, text in findings:
+        table.add_row(level, check, text, style={"error": "red", "warning": "yellow"}.get(level))
+    width = None if file.isatty() else 10_000  # one line each for a log
+    console = Console(file=file, width=width, highlight=False, markup=False)
+    console.print("kvshare preflight")
+    console.print(table)
 
 
 @app.command()

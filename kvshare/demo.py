@@ -117,7 +117,7 @@ class DemoFailed(Exception):
     def __init__(self, what: str, log: Path) -> None:
         super().__init__(what)
         lines = log.read_text(errors="replace").splitlines()
-        ours = [line for line in lines if line.startswith("kvshare")]
+        ours = [line for line in lines if line.startswith(("kvshare", "error "))]
         self.tail = ours or lines[-15:]
         self.log = log
 

@@ -9,6 +9,9 @@ from packaging.specifiers import SpecifierSet
 Row = dict[str, str]
 VERL = {"verl": "==0.9.1", "ray": ">=2.49", "numpy": "<=2.2.6"}
 
+MAIN = ("verl", "vllm", "lmcache", "torch", "ray")
+"""Whose versions are named in tables and reports."""
+
 FITS: dict[str, list[Row]] = {
     "cpu": [
         {"torch": "==2.13.*", "vllm": "==0.28.*", "lmcache": "==0.5.6", "transformers": ">=5.10.4,<5.11", **VERL},

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvshare import ascend, preflight, versions
+from kvshare import ascend, lmcache_config, preflight, versions
 from kvshare.errors import UserError
+from kvshare.preflight import lmcache, p2p, recipe
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_no_npu_smi(machine, tmp_path):
 
 @pytest.mark.parametrize("package", ["torch-npu", "vllm-ascend", "lmcache-ascend"])
 def test_package_is_missing(machine, package):
-    lines = preflight.run(preflight.Job("remote", "npu", []))
+    lines = preflight.errors(preflight.run(preflight.Job("remote", "npu", [])))
     (line,) = [line for line in lines if f"package {package} is missing" in line]
     assert line.endswith("(requirements/npu.txt)")
     assert ("its tag v0.4.4 from source, it is not on PyPI" in line) == (package == "lmcache-ascend")
@@ -70,7 +71,7 @@ def test_this_machine_lacks_all_of_it(monkeypatch, tmp_path):
     for name, value in (("PATH", ""), ("ASCEND_HOME_PATH", ""), ("ASCEND_TOOLKIT_HOME", "")):
         monkeypatch.setenv(name, value)
     starts = ["package no-torch-npu is missing", "package lmcache-ascend is missing", "CANN", "no NPU", "npu-smi"]
-    lines = preflight.run(preflight.Job("remote", "npu", []))
+    lines = preflight.errors(preflight.run(preflight.Job("remote", "npu", [])))
     assert len(lines) == len(starts)
     assert all(line.startswith(start) and "\n" not in line for line, start in zip(lines, starts, strict=True))
 
@@ -91,18 +92,26 @@ def test_connector(name):
     rollout = SimpleNamespace(engine_kwargs=SimpleNamespace(**vllm))
     job.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
     wrong = f"kv_connector {name} does not work on Ascend: use {ascend.CONNECTOR} (docs/npu.md)"
-    assert list(preflight._connector(job)) == ([] if name == ascend.CONNECTOR else [wrong])
+    assert list(recipe.connector(job)) == ([] if name == ascend.CONNECTOR else [wrong])
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"transfer_channel": "nixl"}, "transfer_channel nixl is not one LMCache-Ascend knows: set it to hccl or hixl"),
-        ({"store_async": True}, "f.yaml: store_async: true may store KV that vLLM has overwritten: set it to false"),
-        ({}, None),
-    ],
-)
-def test_settings_of_lmcache_ascend(settings, line):
+def test_channel_of_lmcache():
     job = preflight.Job("p2p", "npu", [])
-    job.lmcache = SimpleNamespace(**{"transfer_channel": "hccl", "store_async": False, **settings})
-    assert list(preflight._lmcache_ascend(job, "f.yaml")) == ([line] if line else [])
+    job.lmcache = SimpleNamespace(transfer_channel="nixl", enable_p2p=True, enable_controller=True)
+    found = list(p2p.settings(job, "f.yaml"))
+    assert found[-1] == "transfer_channel nixl is not one LMCache-Ascend knows: set it to hccl or hixl"
+    job.lmcache.transfer_channel = "hccl"
+    assert list(p2p.settings(job, "f.yaml")) == []
+
+
+def test_stores_behind_vllms_back(monkeypatch, tmp_path):
+    path = tmp_path / "f.yaml"
+    path.write_text("remote_url: lm://localhost:1")
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(path))
+    monkeypatch.setattr(ascend, "load_lmcache", lambda: None)
+    settings = {"chunk_size": 256, "use_layerwise": False, "enable_blending": False, "remote_url": "lm://localhost:1"}
+    monkeypatch.setattr(lmcache_config, "effective", lambda path: SimpleNamespace(**settings, store_async=True))
+    job = preflight.Job("remote", "npu", [])
+    job.config = SimpleNamespace(trainer=SimpleNamespace(nnodes=1))
+    (line,) = lmcache.settings(job)
+    assert line == f"{path}: store_async: true may store KV that vLLM has overwritten: set it to false"

@@ -9,6 +9,7 @@ import pytest
 from conftest import LAUNCHERS, ROOT
 
 from kvshare import preflight
+from kvshare.preflight import recipe
 
 
 def dry_run(launcher: str, cwd=ROOT, **environment: str) -> tuple[dict[str, str], list[str]]:
@@ -30,7 +31,7 @@ def dry_run(launcher: str, cwd=ROOT, **environment: str) -> tuple[dict[str, str]
 def compose(launcher: str, **environment: str):
     _, command = dry_run(launcher, **environment)
     job = preflight.Job("remote", "cpu", [a for a in command[3:] if not a.startswith("trainer.seed_for_test")])
-    assert not list(preflight._compose(job))
+    assert not list(recipe.config(job))
     return job.config
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from kvshare import lmcache_config, preflight, services, versions
+from kvshare.preflight import recipe
 
 REMOTE = ROOT / "config" / "remote_backend_config.yaml"
 P2P = ROOT / "config" / "p2p_backend_config.yaml"
@@ -51,9 +52,13 @@ def job(environment, data, model):
     return make
 
 
+def errors(job) -> list[str]:
+    return preflight.errors(preflight.run(job))
+
+
 def test_good_job_passes_and_is_described(job):
     checked = job()
-    assert preflight.run(checked) == []
+    assert errors(checked) == []
     about = preflight.describe(checked)
     assert (about["replicas"], about["backend"], about["chunk_size"]) == (2, "remote", 256)
 
@@ -85,14 +90,14 @@ BAD_OVERRIDES = {
 
 @pytest.mark.parametrize("override", BAD_OVERRIDES)
 def test_bad_override(job, override):
-    errors = preflight.run(job(override))
-    assert any(BAD_OVERRIDES[override] in error for error in errors), errors
-    assert all("\n" not in error for error in errors)
+    found = errors(job(override))
+    assert any(BAD_OVERRIDES[override] in error for error in found), found
+    assert all("\n" not in error for error in found)
 
 
 def test_null_connector_is_a_baseline(job):
     checked = job(f"{KV}null")
-    assert preflight.run(checked) == []
+    assert errors(checked) == []
     assert preflight.describe(checked)["backend"] == "no connector"
 
 
@@ -101,10 +106,10 @@ def test_bound_that_is_too_small_is_a_warning(job, environment, tmp_path):
     status.write_text(json.dumps({"limit": 2**20}))
     environment.setenv("KVSHARE_SERVER_STATUS", str(status))
     checked = job()
-    assert preflight.run(checked) == []
+    (warning,) = [finding.text for finding in preflight.run(checked) if finding.check == "memory"]
     # 4 prompts of at most 1,536 tokens; 4 layers of K and V, 128 wide, in fp32
-    assert checked.facts["stored_bytes"] == 4 * 1536 * 4 * 2 * 128 * 4
-    assert "kvshare server keeps 0.00 GiB, a step stores up to 0.02 GiB" in checked.warnings[0]
+    assert checked.stored_bytes == 4 * 1536 * 4 * 2 * 128 * 4
+    assert "kvshare server keeps 0.00 GiB, a step stores up to 0.02 GiB" in warning
 
 
 def test_port_that_others_can_reach_is_a_warning(job):
@@ -140,8 +145,8 @@ def test_bad_lmcache_config(job, environment, tmp_path, text):
     if text.startswith("remote_url"):
         environment.delenv("LMCACHE_REMOTE_URL")
         environment.setenv("LMCACHE_REMOTE_URL", "lm://nowhere")
-    errors = preflight.run(job())
-    assert any(BAD_YAML[text] in error for error in errors), errors
+    found = errors(job())
+    assert any(BAD_YAML[text] in error for error in found), found
 
 
 BAD_ENVIRONMENT = {
@@ -157,14 +162,14 @@ BAD_ENVIRONMENT = {
 @pytest.mark.parametrize("setting", BAD_ENVIRONMENT, ids=lambda s: "=".join(s))
 def test_bad_environment(job, environment, setting):
     environment.setenv(*setting)
-    errors = preflight.run(job())
-    assert any(BAD_ENVIRONMENT[setting] in error for error in errors), errors
+    found = errors(job())
+    assert any(BAD_ENVIRONMENT[setting] in error for error in found), found
 
 
 def test_server_is_not_up(job, environment):
     port = services.free_port()
     environment.setenv("LMCACHE_REMOTE_URL", f"lm://localhost:{port}")
-    assert preflight.run(job()) == [
+    assert errors(job()) == [
         f"lmcache_server at localhost:{port} does not answer (Connection refused): "
         f"start it with: lmcache_server localhost {port}"
     ]
@@ -174,27 +179,27 @@ def test_port_is_taken_by_something_else(job, environment):
     with socket.create_server(("127.0.0.1", 0)) as other:
         environment.setenv("LMCACHE_REMOTE_URL", f"lm://127.0.0.1:{other.getsockname()[1]}")
         environment.setattr(services, "TIMEOUT", 0.2)
-        (error,) = preflight.run(job())
+        (error,) = errors(job())
     assert "is taken by something that is not lmcache_server" in error
 
 
 def test_controller_is_not_up(job, environment):
     environment.setenv("LMCACHE_CONFIG_FILE", str(P2P))
     environment.setenv("LMCACHE_CONTROLLER_PULL_URL", f"localhost:{services.free_port()}")
-    (error,) = preflight.run(job(backend="p2p"))
+    (error,) = errors(job(backend="p2p"))
     assert "lmcache_controller's pull port" in error
     assert "start it with: lmcache_controller --host localhost --port 9000 --monitor-ports" in error
 
 
 def test_fewer_devices_than_asked(job):
     pytest.importorskip("torch")
-    errors = list(preflight._devices(_composed(job, "cuda")))
-    assert errors == ["2 cuda devices asked for, 0 found: set N_DEVICES, or make more visible"]
+    found = list(recipe.devices(_composed(job, "cuda")))
+    assert found == ["2 cuda devices asked for, 0 found: set N_DEVICES, or make more visible"]
 
 
 def _composed(job, device):
     made = job(device=device)
-    assert not list(preflight._compose(made))
+    assert not list(recipe.config(made))
     return made
 
 
@@ -211,7 +216,7 @@ def test_lmcaches_own_definitions_know_our_configs():
         assert lmcache_config.mistakes(lmcache_config.read(str(path)), definitions, path.name) == []
 
 
-def test_launcher_stops_with_one_line_and_exit_code_2(tmp_path, data, model):
+def test_launcher_stops_with_what_is_wrong_and_exit_code_2(tmp_path, data, model):
     port = services.free_port()
     environment = {
         **os.environ,
@@ -223,6 +228,7 @@ def test_launcher_stops_with_one_line_and_exit_code_2(tmp_path, data, model):
     command = ["bash", str(ROOT / "run_qwen_remote_backend_cpu.sh")]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"start it with: lmcache_server localhost {port}" in done.stderr
+    wrong = done.stderr.splitlines()[1]
+    assert wrong.startswith(f"error  service      lmcache_server at localhost:{port} does not answer")
+    assert done.stderr.count("error") == 1
     assert not Path(tmp_path / "run" / "run.json").exists()

@@ -1,0 +1,67 @@
+"""Everything that would make a run fail or share nothing, found before it starts.
+
+A check is a function of the Job that yields one line for each thing to mend: what is wrong, where, and what to
+do. Its name is its row in the table; ``job.facts[name]`` is what the row says when all is well. A new check goes
+into the module of its subject and into STAGES (it stops the run) or WARNINGS; what only one backend needs goes
+into the module of that backend, and a new backend is a module in BACKENDS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from kvshare.errors import UserError
+from kvshare.preflight import backends, environment, lmcache, memory, packages, recipe
+from kvshare.preflight.backends import BACKENDS as BACKENDS
+from kvshare.preflight.job import Job, one_line
+from kvshare.preflight.recipe import DEVICES as DEVICES
+from kvshare.preflight.record import describe as describe
+from kvshare.preflight.record import record as record
+
+Check = Callable[[Job], Iterator[str]]
+
+# What depends on a stage is not checked when something in it is wrong.
+STAGES: tuple[tuple[Check, ...], ...] = (
+    (packages.packages,),
+    (recipe.config,),
+    (lmcache.settings,),
+    (
+        *(packages.plugins, environment.environment, recipe.devices, recipe.model, recipe.data),
+        *(recipe.connector, recipe.router, backends.service, recipe.estimator),
+    ),
+)
+WARNINGS: tuple[Check, ...] = (memory.memory, backends.exposure)
+
+
+class Finding(NamedTuple):
+    level: str  # error, warning or ok
+    check: str
+    text: str
+
+
+def run(job: Job) -> list[Finding]:
+    """What there is to say: errors first, then warnings, then what is well."""
+    found: list[Finding] = []
+    for stage in STAGES:
+        found += [finding for check in stage for finding in _run(check, job, "error")]
+        if errors(found):
+            break
+    else:
+        found += [finding for check in WARNINGS for finding in _run(check, job, "warning")]
+    return sorted(found, key=lambda finding: ("error", "warning", "ok").index(finding.level))
+
+
+def errors(findings: list[Finding]) -> list[str]:
+    return [finding.text for finding in findings if finding.level == "error"]
+
+
+def _run(check: Check, job: Job, level: str) -> list[Finding]:
+    name, lines = check.__name__, []
+    try:
+        lines += list(check(job))
+    except UserError as error:
+        lines.append(str(error))
+    except Exception as error:  # a value nobody thought of: one line all the same
+        lines.append(f"check of {name} failed: {type(error).__name__}: {one_line(error)}")
+    return [Finding(level, name, line) for line in lines] or [Finding("ok", name, job.facts.get(name, ""))]
