@@ -12,7 +12,10 @@ from npu.conftest import VLLM_ASCEND, hooked
 
 
 def test_every_hook_wraps_its_functions(wraps):
-    without_wrap = {"lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1"}  # replaces a constructor
+    without_wrap = {  # replaced instead: a constructor, a class
+        "lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1",
+        "lmcache.v1.storage_backend.connector.lm_connector",
+    }
     assert {module.__name__ for module, _ in wraps} == set(hooked()) - without_wrap
     for module, path in wraps:
         *owner, name = path.split(".")
@@ -40,6 +43,10 @@ USED = {
     "lmcache.v1.storage_backend.local_cpu_backend:LocalCPUBackend": "hot_cache remove",
     "lmcache.v1.storage_backend.local_disk_backend:LocalDiskBackend": "dict remove",
     "lmcache.v1.storage_backend.remote_backend:RemoteBackend": "connection loop exists_in_put_tasks",
+    "lmcache.v1.storage_backend.connector.base_connector:RemoteConnector": "full_chunk_size_bytes",
+    "lmcache.v1.memory_management:MemoryObj": (
+        "byte_array get_memory_format get_dtype get_shape is_pinned ref_count_down"
+    ),
     "lmcache.v1.metadata:LMCacheMetadata": "worker_id",
 }
 """Attributes that the wraps use, by class."""

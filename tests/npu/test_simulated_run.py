@@ -1,5 +1,6 @@
 """Two replicas and a weight update, with the token database, keys and connector of LMCache 0.4.4."""
 
+import asyncio
 import threading
 import time
 from importlib.metadata import version
@@ -10,11 +11,13 @@ import torch
 from lmcache.integration.vllm import vllm_v1_adapter as adapter
 from lmcache.integration.vllm.lmcache_connector_v1 import LMCacheConnectorV1Dynamic
 from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.memory_management import AdHocMemoryAllocator
 from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.token_database import ChunkedTokenDatabase, TokenDatabase
 from vllm import SamplingParams
 
-from kvshare import events, lmcache_events, lmcache_policy, policy
+from kvshare import events, lmcache_events, lmcache_policy, policy, server
+from kvshare.store import Store
 
 CHUNK = 256
 TOKENS = list(range(3 * CHUNK + 7))
@@ -117,7 +120,8 @@ def test_a_request_from_before_the_reset_is_kept_to_itself(engine):
 def test_worker_gives_back_its_local_tier(monkeypatch, passive):
     """Through LMCache's start_load_kv, which LMCache-Ascend's calls; a passive rank has no storage manager."""
     removed = []
-    tier = SimpleNamespace(hot_cache={"a": 1, "b": 2}, remove=removed.append)
+    entries = {key: SimpleNamespace(is_pinned=key == "promised") for key in ("a", "promised", "b")}
+    tier = SimpleNamespace(hot_cache=entries, remove=removed.append)
     manager = None if passive else SimpleNamespace(storage_backends={"LocalCPUBackend": tier})
     impl = adapter.LMCacheConnectorV1Impl.__new__(adapter.LMCacheConnectorV1Impl)
     monkeypatch.setattr(type(impl), "lmcache_engine", SimpleNamespace(storage_manager=manager), raising=False)
@@ -152,3 +156,26 @@ def test_ascends_engine_reports_its_stores(lmcache_ascend, monkeypatch):
     assert (stored["op"], stored["end"]) == ("stored", 3 * CHUNK)
     assert store["policy"] == policy.policy_id(RUN, 1)
     assert lmcache_events.Puts.current.value is None
+
+
+def test_lm_client():
+    """The one that takes the place of this LMCache's, with a real server."""
+    from lmcache.v1.storage_backend.connector import lm_connector
+
+    memory, loop = AdHocMemoryAllocator(), asyncio.new_event_loop()
+    replica = database()
+    local = SimpleNamespace(config=replica.config, metadata=replica.metadata, allocate=memory.allocate)
+    local.config.blocking_timeout_secs = 5
+    (_, _, key), (_, _, other), _ = replica.process_tokens(TOKENS, request_configs={policy.TAG: "p"})
+    with server._listen("127.0.0.1", 0, Store(1 << 28), None) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        client = lm_connector.LMCServerConnector("127.0.0.1", listening.server_address[1], loop, local)
+        chunk = memory.allocate(local.metadata.get_shapes(), local.metadata.get_dtypes())
+        chunk.raw_data.random_()
+        loop.run_until_complete(client.put(key, chunk))
+        assert loop.run_until_complete(client.exists(key))
+        assert not loop.run_until_complete(client.exists(other))
+        assert loop.run_until_complete(client.get(other)) is None
+        assert torch.equal(loop.run_until_complete(client.get(key)).raw_data, chunk.raw_data)
+        loop.run_until_complete(client.close())
+        listening.shutdown()
