@@ -3,11 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo install test test-npu freshness routing faults lint lock clean
+.PHONY: demo demo-p2p install test test-npu freshness routing faults lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
 	$(BIN)/kvshare demo --run outputs/demo
+
+demo-p2p: install
+	$(BIN)/kvshare demo --backend p2p --run outputs/demo-p2p
 
 install: .venv/installed
 

@@ -13,6 +13,7 @@
 # LMCache_CONFIG_FILE  LMCache settings                 (config/p2p_backend_config.yaml)
 # ROUTER               router YAML, null: verl's own    (config/router.yaml)
 # KVSHARE_RUN_DIR      metrics, events and the report   (outputs/p2p-<time>)
+# START_SERVICES=1     start what the second line above says, on this host, and end it with the run
 # DRY_RUN=1            print environment and command, start nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -33,6 +34,9 @@ environment=(
   "VERL_FILE_LOGGER_PATH=$run_dir/metrics.jsonl"
   LMCACHE_TRANSFER_CHANNEL=nixl # hccl, in the file, is Ascend's
 )
+for name in $(compgen -e LMCACHE_); do # what the caller has set
+  [[ " ${environment[*]}" == *" $name="* ]] || environment+=("$name=${!name}")
+done
 
 runtime_env=() # the same for Ray: a cluster that is up already inherits nothing
 for setting in "${environment[@]}"; do
@@ -64,5 +68,8 @@ fi
 export "${environment[@]}"
 python3 -c "import kvshare" 2>/dev/null ||
   { echo "kvshare is not installed for $(command -v python3): activate .venv, or pip install -e $here" >&2; exit 2; }
+if [[ ${START_SERVICES:-0} == 1 ]]; then # this script again, with the service beside it
+  exec env START_SERVICES=0 python3 -m kvshare services run --backend p2p --folder "$run_dir" -- bash "$0" "$@"
+fi
 python3 -m kvshare preflight --backend p2p --device cuda -- "${train[@]:3}"
 exec python3 -m kvshare run "$run_dir" "${train[@]}" # ends what it started, however it ends; then the report

@@ -14,6 +14,7 @@
 # LMCache_CONFIG_FILE  LMCache settings                 (config/remote_backend_config.yaml)
 # ROUTER               router YAML, null: verl's own    (config/router.yaml)
 # KVSHARE_RUN_DIR      metrics, events and the report   (outputs/remote-<time>)
+# START_SERVICES=1     start what the second line above says, on this host, and end it with the run
 # DRY_RUN=1            print environment and command, start nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -33,6 +34,9 @@ environment=(
   "KVSHARE_RUN_DIR=$run_dir"
   "VERL_FILE_LOGGER_PATH=$run_dir/metrics.jsonl"
 )
+for name in $(compgen -e LMCACHE_); do # what the caller has set
+  [[ " ${environment[*]}" == *" $name="* ]] || environment+=("$name=${!name}")
+done
 
 runtime_env=() # the same for Ray: a cluster that is up already inherits nothing
 for setting in "${environment[@]}"; do
@@ -66,5 +70,8 @@ fi
 export "${environment[@]}"
 python3 -c "import kvshare" 2>/dev/null ||
   { echo "kvshare is not installed for $(command -v python3): activate .venv, or pip install -e $here" >&2; exit 2; }
+if [[ ${START_SERVICES:-0} == 1 ]]; then # this script again, with the service beside it
+  exec env START_SERVICES=0 python3 -m kvshare services run --backend remote --folder "$run_dir" -- bash "$0" "$@"
+fi
 python3 -m kvshare preflight --backend remote --device npu -- "${train[@]:3}"
 exec python3 -m kvshare run "$run_dir" "${train[@]}" # ends what it started, however it ends; then the report

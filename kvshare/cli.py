@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 
 from kvshare import __version__
+from kvshare.cli_services import BackendOption
+from kvshare.cli_services import app as services
 from kvshare.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,11 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(services, name="services")
 out = Console()
 
 
 def main() -> None:
-    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # for what this process imports of LMCache
     try:
         app(prog_name="kvshare")
     except UserError as error:
@@ -86,17 +88,17 @@ def _hub_or_generated(offline: bool, seed: int) -> tuple[dict, str]:
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def preflight(
-    backend: Annotated[str, typer.Option(help="remote or p2p.")],
+    backend: BackendOption,
     device: Annotated[str, typer.Option(help="cuda, npu or cpu.")],
     hydra: Annotated[list[str], typer.Argument(help="-- and the arguments of verl.trainer.main_ppo.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Check that a run can start and will share; exit code 2 if something must be mended."""
+    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
     from kvshare import preflight as checks
 
-    for name, value, known in (("--backend", backend, checks.BACKENDS), ("--device", device, checks.DEVICES)):
-        if value not in known:
-            raise UserError(f"{name} {value}: must be one of {', '.join(known)}")
+    if device not in checks.DEVICES:
+        raise UserError(f"--device {device}: must be one of {', '.join(checks.DEVICES)}")
     job = checks.Job(backend, device, hydra)
     findings = checks.run(job)
     wrong = checks.errors(findings)
@@ -193,6 +195,7 @@ def report(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def demo(
+    backend: BackendOption = "remote",
     run: Annotated[Path, typer.Option(help="Folder for data, model, logs and the report.")] = Path("outputs/demo"),
     overrides: Annotated[list[str] | None, typer.Argument(help="-- and Hydra overrides for the training.")] = None,
 ) -> None:
@@ -200,7 +203,7 @@ def demo(
     from kvshare import demo as demos
 
     try:
-        result = demos.Demo(run, overrides or []).run()
+        result = demos.Demo(run, overrides or [], backend).run()
     except demos.DemoFailed as failed:
         for line in failed.tail:
             print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The whole thing on one machine: data, model, server, GRPO with two replicas, report."""
+"""The whole thing on one machine: data, model, service, GRPO with two replicas, report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kvshare import gsm8k, report, services, tiny_model
+from kvshare import gsm8k, report, tiny_model
 from kvshare.errors import UserError
 from kvshare.processes import Processes
 
@@ -27,6 +27,7 @@ QUIET = {
 }
 
 STAGES = {  # what the training log says, and what that means
+    "kvshare services:": "what the backend needs is up",
     "Started a local Ray instance": "Ray is up, verl's workers are starting",
     "(KVShareServer": "two vLLM replicas are starting",
     "ready to fit": "replicas are up, first step (the slow one)",
@@ -34,8 +35,9 @@ STAGES = {  # what the training log says, and what that means
 
 
 class Demo:
-    def __init__(self, folder: Path, overrides: list[str]) -> None:
+    def __init__(self, folder: Path, overrides: list[str], backend: str = "remote") -> None:
         self.folder = folder.resolve()
+        self._launcher = ROOT / f"run_qwen_{backend}_backend_cpu.sh"
         self.overrides = overrides
         self.log = self.folder / "training.log"
         self._out = Console(highlight=False, soft_wrap=True)
@@ -52,8 +54,7 @@ class Demo:
             UserError: this is no checkout of the project.
             DemoFailed: something did not start, or training failed.
         """
-        launcher = ROOT / "run_qwen_remote_backend_cpu.sh"
-        if not launcher.exists():
+        if not self._launcher.exists():
             raise UserError("the demo runs from a clone of the project: git clone it, then make demo")
         self._clean()
         self._prepare()
@@ -61,13 +62,13 @@ class Demo:
             environment = {
                 **QUIET,
                 "LMCACHE_LOG_LEVEL": "INFO",
-                "LMCACHE_REMOTE_URL": os.environ.get("LMCACHE_REMOTE_URL") or self._server(processes),
+                "START_SERVICES": os.environ.get("START_SERVICES", "1"),
                 "DATA_DIR": str(self.folder / "data"),
                 "MODEL_PATH": str(self.folder / "model"),
                 "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             }
             self.say(f"training starts; log: {self.log}")
-            training = processes.start(["bash", str(launcher), *self.overrides], self.log, environment)
+            training = processes.start(["bash", str(self._launcher), *self.overrides], self.log, environment)
             for text in self._follow(training):
                 self.say(text)
             if training.returncode:
@@ -86,15 +87,6 @@ class Demo:
         self.say(f"data: generated word problems, {SHOTS} worked examples before each question")
         tiny_model.make(self.folder / "model")
         self.say("model: Qwen2 with a million random parameters")
-
-    def _server(self, processes: Processes) -> str:
-        log = self.folder / "lmcache_server.log"
-        try:
-            address = services.start_lmcache_server(processes, log, QUIET)
-        except services.NotStarted as error:
-            raise DemoFailed(str(error), log) from None
-        self.say(f"lmcache_server is up at {address}; log: {log}")
-        return f"lm://{address}"
 
     def _follow(self, training: subprocess.Popen) -> Iterator[str]:
         """What happens, as it happens, until training ends."""

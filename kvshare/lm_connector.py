@@ -25,7 +25,7 @@ from typing import Any
 
 import xxhash
 
-from kvshare.services import health_request
+from kvshare.services import HEALTH_REQUEST
 from kvshare.upstream import check
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def _connector_class() -> type:
             while True:
                 time.sleep(PROBE_EVERY)
                 with contextlib.suppress(OSError), self._new_link() as link:
-                    link.send(health_request())
+                    link.send(HEALTH_REQUEST)
                     link.receive(bytearray(ServerMetaMessage.packlength()))
                     link.close()
                     break

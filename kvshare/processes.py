@@ -16,6 +16,7 @@ from types import TracebackType
 import psutil
 
 GRACE = 15  # seconds between the polite signal and the other one
+TEMPORARY = "KVSHARE_TMPDIR"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -33,7 +34,10 @@ class Processes:
 
     def __enter__(self) -> Processes:
         self._began = time.time()
-        self._temporary = tempfile.mkdtemp(prefix="kvshare-")
+        # That of a Processes around this one, which removes it: Ray's sockets lie there, and their paths may
+        # have 107 characters.
+        self._inherited = os.environ.get(TEMPORARY)
+        self._temporary = self._inherited or tempfile.mkdtemp(prefix="kvshare-")
         self._previous = {number: signal.signal(number, _as_interrupt) for number in ENDING}
         return self
 
@@ -46,14 +50,14 @@ class Processes:
 
     def start(self, command: list[str], log: Path | None, env: Mapping[str, str] | None = None) -> subprocess.Popen:
         """Start ``command`` with its output going to ``log``, or to where ours goes."""
-        marked = {**os.environ, **(env or {}), self._mark[0]: self._mark[1], "TMPDIR": self._temporary}
+        temporary = {"TMPDIR": self._temporary, TEMPORARY: self._temporary}
         with open(log, "wb") if log else contextlib.nullcontext() as out:
             child = subprocess.Popen(
                 command,
                 stdout=out,
                 stderr=subprocess.STDOUT if out else None,
                 stdin=subprocess.DEVNULL,
-                env=marked,
+                env={**os.environ, **(env or {}), **temporary, self._mark[0]: self._mark[1]},
                 start_new_session=True,
             )
         self._children.append(child)
@@ -73,25 +77,41 @@ class Processes:
                 child.wait(max(0.0, deadline - time.monotonic()))
             _signal_group(child.pid, signal.SIGKILL)
             child.wait()
-        left = self._marked()
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(left, timeout=GRACE)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        _kill(marked(*self._mark))
+        if not self._inherited:
+            shutil.rmtree(self._temporary, ignore_errors=True)
         for orphan in _orphaned_memory(self._began):
             with contextlib.suppress(OSError):
                 orphan.unlink()
 
-    def _marked(self) -> list[psutil.Process]:
-        name, value = self._mark
-        ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.pid not in ours and process.environ().get(name) == value:
-                    found.append(process)
-        return found
+
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Processes with this in their environment, but for us and those we run in."""
+    ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid not in ours and process.environ().get(name) == value:
+                found.append(process)
+    return found
+
+
+def end_marked(name: str, value: str) -> None:
+    """End them: first politely."""
+    found = marked(name, value)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+            process.resume()  # one that is stopped hears nothing
+    psutil.wait_procs(found, timeout=GRACE)
+    _kill(marked(name, value))
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=GRACE)
 
 
 def _orphaned_memory(since: float) -> list[Path]:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
-import sys
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
 import psutil
 
 from kvshare.errors import UserError
-from kvshare.processes import Processes
+from kvshare.server import HEALTH, REPLY, REQUEST, SUCCESS
 
 
 class NotStarted(Exception):
-    """A service ended before it was up."""
+    """A service ended before it was up; ``tail`` is the end of its log."""
+
+    def __init__(self, what: str, log: Path) -> None:
+        super().__init__(what)
+        self.log = log
+        self.tail = log.read_text(errors="replace").splitlines()[-15:]
 
 
 SERVER_STATUS = "KVSHARE_SERVER_STATUS"
 """Environment variable with the file that ``kvshare server --status`` writes; preflight and report read it."""
 
+HEALTH_REQUEST = REQUEST.pack(HEALTH, 0, 1, 2, 0, 0, 0, 0, 0, b"kvshare@1@0@0@half".ljust(150))
+"""Asks an ``lm://`` server whether it is well; not made by LMCache, which takes ten seconds to import."""
+
 TIMEOUT = 3.0  # seconds; these are local or one hop away
+START_SECONDS = 120  # importing LMCache alone takes ten on a slow machine
 
 
 def check_lmcache_server(url: str) -> str:
@@ -40,8 +50,8 @@ def check_lmcache_server(url: str) -> str:
     if not host or not port:
         raise UserError(f"remote_url {url!r} is not lm://HOST:PORT: correct it in the LMCache config")
     start = f"start it with: lmcache_server {host} {port}"
-    reply = _exchange(host, port, health_request(), 36, f"lmcache_server at {host}:{port}", start)
-    if not _is_health_reply(reply):
+    reply = _exchange(host, port, HEALTH_REQUEST, REPLY.size, f"lmcache_server at {host}:{port}", start)
+    if len(reply) < REPLY.size or REPLY.unpack(reply)[0] != SUCCESS:
         raise UserError(
             f"{host}:{port} is taken by something that is not lmcache_server: "
             f"stop it, or choose another port in remote_url and {start}"
@@ -49,20 +59,21 @@ def check_lmcache_server(url: str) -> str:
     return f"{host}:{port}"
 
 
-def start_lmcache_server(processes: Processes, log: Path, env: Mapping[str, str]) -> str:
-    """Start an lmcache_server on a free port of 127.0.0.1 and wait until it is healthy; returns "host:port".
+def wait_healthy(name: str, process: subprocess.Popen, check: Callable[[], str], log: Path) -> str:
+    """Wait until a service that is starting is healthy; returns what ``check`` does.
 
     Raises:
-        NotStarted: it ended instead; ``log`` says why.
+        NotStarted: it ended instead, or is not healthy after START_SECONDS; ``log`` says why.
     """
-    port = free_port()
-    server = processes.start([sys.executable, "-m", "lmcache.v1.server", "127.0.0.1", str(port)], log, env)
-    while server.poll() is None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None:
         try:
-            return check_lmcache_server(f"lm://127.0.0.1:{port}")
-        except UserError:
-            time.sleep(0.5)
-    raise NotStarted(f"lmcache_server ended with exit code {server.returncode}")
+            return check()
+        except UserError as error:
+            if time.monotonic() > deadline:
+                raise NotStarted(f"{name} is not healthy after {START_SECONDS} s ({error})", log) from None
+            time.sleep(0.2)
+    raise NotStarted(f"{name} ended with exit code {process.returncode}", log)
 
 
 def check_controller(pull_url: str, reply_url: str) -> str:
@@ -117,6 +128,35 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def free_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
+    """Those wanted where they are free on ``host``, an address of this machine, others where not.
+
+    Raises:
+        UserError: it is none.
+    """
+    with contextlib.ExitStack() as bound:  # until all are found: they must differ
+        found = {}
+        for name, port in wanted.items():
+            s = bound.enter_context(socket.socket())
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind((host, port if is_free(host, port) else 0))
+            except OSError as error:
+                raise UserError(f"cannot listen on {host} ({error.strerror}): give an address of this host") from None
+            found[name] = s.getsockname()[1]
+        return found
+
+
+def own_address() -> str:
+    """The address of this host on the way to others; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))  # nobody's, RFC 5737
+        except OSError:  # no route: it is alone
+            return "127.0.0.1"
+        return s.getsockname()[0]
+
+
 def _exchange(host: str, port: int, request: bytes, size: int, what: str, start: str) -> bytes:
     """Send ``request`` and read up to ``size`` bytes; empty if none come."""
     try:
@@ -132,24 +172,3 @@ def _exchange(host: str, port: int, request: bytes, size: int, what: str, start:
             return reply
     except OSError as error:
         raise UserError(f"{what} does not answer ({error.strerror or error}): {start}") from None
-
-
-def health_request() -> bytes:
-    """What asks an ``lm://`` server whether it is well."""
-    import torch
-    from lmcache.utils import CacheEngineKey
-    from lmcache.v1.memory_management import MemoryFormat
-    from lmcache.v1.protocol import ClientCommand, ClientMetaMessage
-
-    key = CacheEngineKey("kvshare", 1, 0, 0, torch.float16)
-    shape = torch.Size([0, 0, 0, 0])
-    return ClientMetaMessage(ClientCommand.HEALTH, key, 0, MemoryFormat(1), torch.float16, shape).serialize()
-
-
-def _is_health_reply(reply: bytes) -> bool:
-    from lmcache.v1.protocol import ServerMetaMessage, ServerReturnCode
-
-    try:
-        return ServerMetaMessage.deserialize(reply).code == ServerReturnCode.SUCCESS
-    except Exception:  # struct.error, ValueError, KeyError: not LMCache's protocol
-        return False

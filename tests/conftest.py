@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,10 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def lmcache_server(processes, tmp_path_factory) -> str:
     """Address of a real lmcache_server."""
-    return services.start_lmcache_server(processes, tmp_path_factory.mktemp("server") / "log", QUIET)
+    port, log = services.free_port(), tmp_path_factory.mktemp("server") / "log"
+    server = processes.start([sys.executable, "-m", "lmcache.v1.server", "127.0.0.1", str(port)], log)
+    check = partial(services.check_lmcache_server, f"lm://127.0.0.1:{port}")
+    return services.wait_healthy("lmcache_server", server, check, log)
 
 
 @pytest.fixture(scope="session")

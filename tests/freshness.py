@@ -28,6 +28,7 @@ def arms(tmp_path_factory, lmcache_server):
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("LMCACHE_REMOTE_URL", f"lm://{lmcache_server}")
+        environment.setenv("START_SERVICES", "0")
         results = {"no connector": [train("none", NO_CONNECTOR)]}
         validating = ["trainer.val_before_train=true", "trainer.test_freq=2"]
         checkpoints = f"trainer.default_local_dir={folder / 'checkpoints'}"

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from kvshare.errors import UserError
 from kvshare.preflight import backends, environment, lmcache, memory, packages, recipe
-from kvshare.preflight.backends import BACKENDS as BACKENDS
 from kvshare.preflight.job import Job, one_line
 from kvshare.preflight.recipe import DEVICES as DEVICES
 from kvshare.preflight.record import describe as describe

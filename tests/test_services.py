@@ -1,0 +1,124 @@
+"""``kvshare services`` with the real services."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from kvshare import background, services
+from kvshare.backends import BACKENDS
+from kvshare.processes import marked
+
+
+def command(*arguments, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "kvshare", "services", *map(str, arguments)], capture_output=True, text=True, **more
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    yield tmp_path / "services"
+    for backend in BACKENDS:
+        background.down(backend, tmp_path / "services")
+
+
+def up(backend, folder):
+    done = command("up", "--backend", backend, "--folder", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_up_status_down(backend, folder):
+    started = up(backend, folder)
+    assert BACKENDS[backend].check(started["exports"])
+    assert services.exposed({int(v.rpartition(":")[2]) for v in started["exports"].values() if ":" in v}) == []
+    assert up(backend, folder) == started  # it stays
+    printed = command("status", "--backend", backend, "--folder", folder)
+    assert printed.returncode == 0
+    exports = [line for line in printed.stdout.splitlines() if not line.startswith("#")]
+    assert exports == [f"export {name}={shlex.quote(value)}" for name, value in started["exports"].items()]
+    assert command("down", "--backend", backend, "--folder", folder).returncode == 0
+    assert not psutil.pid_exists(started["pid"])
+    assert command("status", "--backend", backend, "--folder", folder).returncode == 1
+
+
+def test_what_hangs_is_started_again(folder):
+    hung = up("remote", folder)
+    os.kill(hung["pid"], signal.SIGSTOP)
+    assert command("status", "--backend", "remote", "--folder", folder).returncode == 1
+    again = up("remote", folder)
+    assert again["pid"] != hung["pid"]
+    assert not psutil.pid_exists(hung["pid"])
+
+
+def test_after_a_crash_of_up_down_ends_it(folder):
+    """up is killed while it waits for the service, which then has nobody."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvshare", "services", "up", "--backend", "p2p", "--folder", str(folder)],
+        stdout=subprocess.DEVNULL,
+    ) as starting:
+        while not (folder / "p2p.json").is_file() or not (folder / "p2p.json").read_text().endswith("}\n"):
+            assert starting.poll() is None
+        starting.kill()
+    (left,) = marked(background.MARK, background.read("p2p", folder).mark)
+    assert command("down", "--backend", "p2p", "--folder", folder).returncode == 0
+    assert not left.is_running()
+
+
+def test_fails_at_once_with_the_end_of_the_log(folder):
+    done = command("up", "--backend", "remote", "--folder", folder, "--", "--memory", "plenty")
+    assert done.returncode == 1
+    assert "--memory 'plenty' must be a number" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("kvshare services: kvshare server ended with exit code 2; log: ")
+    assert background.read("remote", folder) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--backend", "smb"), "--backend smb: must be one of remote, p2p"),
+        (("--backend", "remote", "--host", "203.0.113.9"), "cannot listen on 203.0.113.9"),
+        (("--backend", "remote", "--folder", "/proc/services"), "cannot write to /proc/services"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, error, tmp_path):
+    done = command("up", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert error in line
+
+
+def test_taken_ports_are_replaced_by_free_ones():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = services.free_ports("127.0.0.1", {"a": port, "b": services.free_port(), "c": port})
+    assert port not in found.values()
+    assert len(set(found.values())) == 3
+
+
+def test_run_starts_it_tells_the_command_and_ends_it(folder):
+    done = command("run", "--backend", "remote", "--folder", folder, "--", "sh", "-c", "env; exit 3")
+    assert done.returncode == 3
+    (url,) = [line for line in done.stdout.splitlines() if line.startswith("LMCACHE_REMOTE_URL=lm://")]
+    host, port = url.removeprefix("LMCACHE_REMOTE_URL=lm://").split(":")
+    assert services.is_free(host, int(port))
+
+
+def test_health_request_is_what_lmcache_would_send():
+    import torch
+    from lmcache.utils import CacheEngineKey
+    from lmcache.v1.memory_management import MemoryFormat
+    from lmcache.v1.protocol import ClientCommand, ClientMetaMessage
+
+    key = CacheEngineKey("kvshare", 1, 0, 0, torch.float16)
+    shape = torch.Size([0, 0, 0, 0])
+    message = ClientMetaMessage(ClientCommand.HEALTH, key, 0, MemoryFormat(1), torch.float16, shape)
+    assert message.serialize() == services.HEALTH_REQUEST
