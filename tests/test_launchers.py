@@ -42,7 +42,7 @@ def test_there_are_six():
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_environment_and_command(launcher, tmp_path):
-    environment, command = dry_run(launcher)
+    environment, command = dry_run(launcher, KVSHARE_RUN_DIR="/run")
     backend = "p2p" if "p2p" in launcher else "remote"
     config = str(ROOT / "config" / f"{backend}_backend_config.yaml")
     assert environment["LMCache_CONFIG_FILE"] == environment["LMCACHE_CONFIG_FILE"] == config
@@ -53,12 +53,18 @@ def test_environment_and_command(launcher, tmp_path):
     assert f"actor_rollout_ref.model.path='{model}'" in command
     if backend == "p2p":
         assert environment.get("LMCACHE_TRANSFER_CHANNEL") == (None if "npu" in launcher else "nixl")
-    run = ("KVSHARE_RUN_DIR", "VERL_FILE_LOGGER_PATH")  # named after the time
-    elsewhere = dry_run(launcher, cwd=tmp_path)
-    assert {k: v for k, v in elsewhere[0].items() if k not in run} == {
-        k: v for k, v in environment.items() if k not in run
-    }
-    assert elsewhere[1] == command
+    assert dry_run(launcher, cwd=tmp_path, KVSHARE_RUN_DIR="/run") == (environment, command)
+
+
+def test_what_the_caller_sets_reaches_a_cluster_once():
+    environment, command = dry_run(
+        "run_qwen_p2p_backend.sh", LMCACHE_CHUNK_SIZE="128", LMCACHE_TRANSFER_CHANNEL="mine", LMCACHE_CONFIG_FILE="a"
+    )
+    assert environment["LMCACHE_CHUNK_SIZE"] == "128"
+    assert environment["LMCACHE_TRANSFER_CHANNEL"] == "nixl"
+    names = [argument.split("=")[0] for argument in command if "runtime_env" in argument]
+    assert "+ray_kwargs.ray_init.runtime_env.env_vars.LMCACHE_CHUNK_SIZE" in names
+    assert len(names) == len(set(names)) == len(environment)
 
 
 @pytest.mark.parametrize("name", ["LMCache_CONFIG_FILE", "LMCACHE_CONFIG_FILE"])
