@@ -17,7 +17,7 @@ from kvshare.cli_services import app as services
 from kvshare.errors import UserError
 
 if TYPE_CHECKING:
-    from kvshare.preflight import Finding
+    from kvshare.preflight import Finding, Job
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,24 +86,34 @@ def _hub_or_generated(offline: bool, seed: int) -> tuple[dict, str]:
     return gsm8k.generate(train=2000, test=200, seed=seed), f"kvshare's own generator, seed {seed} (not GSM8K)"
 
 
+DEVICES = ("cuda", "npu", "cpu")
+
+
+def _known_device(name: str) -> str:
+    if name not in DEVICES:
+        raise UserError(f"--device {name}: must be one of {', '.join(DEVICES)}")
+    return name
+
+
+DeviceOption = Annotated[str, typer.Option("--device", help=f"{', '.join(DEVICES)}.", callback=_known_device)]
+Hydra = Annotated[
+    list[str] | None,
+    typer.Argument(help="-- and the arguments of verl.trainer.main_ppo, or overrides for those of the launcher."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
-def preflight(
-    backend: BackendOption,
-    device: Annotated[str, typer.Option(help="cuda, npu or cpu.")],
-    hydra: Annotated[list[str], typer.Argument(help="-- and the arguments of verl.trainer.main_ppo.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
+def preflight(backend: BackendOption, device: DeviceOption, hydra: Hydra = None, as_json: Json = False) -> None:
     """Check that a run can start and will share; exit code 2 if something must be mended."""
     os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
     from kvshare import preflight as checks
 
-    if device not in checks.DEVICES:
-        raise UserError(f"--device {device}: must be one of {', '.join(checks.DEVICES)}")
-    job = checks.Job(backend, device, hydra)
+    job = _job(backend, device, hydra or [])
     findings = checks.run(job)
     wrong = checks.errors(findings)
-    run = None if wrong else checks.describe(job)
     if as_json:
+        run = None if wrong else checks.describe(job)
         print(json.dumps({"findings": [finding._asdict() for finding in findings], "run": run}, indent=2))
     else:
         _print_findings(findings, sys.stderr if wrong else sys.stdout)
@@ -111,6 +121,44 @@ def preflight(
         raise typer.Exit(2)
     if folder := os.environ.get("KVSHARE_RUN_DIR"):
         checks.record(job, Path(folder))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def forecast(backend: BackendOption, device: DeviceOption, hydra: Hydra = None, as_json: Json = False) -> None:
+    """How much of the prompts can be shared, and what that stores; from tokenizer, data and recipe."""
+    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
+    from kvshare import preflight as checks
+
+    found = checks.forecast(_job(backend, device, hydra or []))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    for name, value in found.facts().items():
+        out.print(f"{name:30}{value}", soft_wrap=True, highlight=False)
+    out.print(found.verdict, soft_wrap=True, highlight=False)
+
+
+@app.command()
+def overrides(backend: BackendOption, device: DeviceOption, as_json: Json = False) -> None:
+    """What makes your own verl job share, as lines of bash: paste them, or source <(kvshare overrides …)."""
+    from kvshare import launchers
+
+    environment, hydra = launchers.to_paste(backend, device)
+    if as_json:
+        print(json.dumps({"environment": environment, "overrides": hydra}, indent=2))
+    else:
+        print(launchers.as_bash(environment, hydra))
+
+
+def _job(backend: str, device: str, hydra: list[str]) -> Job:
+    """Arguments without --config-dir are overrides for the launcher's."""
+    from kvshare import launchers
+    from kvshare.preflight import Job
+
+    if "--config-dir" not in hydra:
+        environment, hydra = launchers.dry_run(backend, device, hydra)
+        os.environ.update({name: os.environ.get(name) or value for name, value in environment.items()})
+    return Job(backend, device, hydra)
 
 
 def _print_findings(findings: list[Finding], file: TextIO) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kvshare.errors import UserError
+from kvshare.forecast import Forecast
 from kvshare.preflight import backends, environment, lmcache, memory, packages, recipe
-from kvshare.preflight.job import Job, one_line
-from kvshare.preflight.recipe import DEVICES as DEVICES
+from kvshare.preflight.job import Job as Job
+from kvshare.preflight.job import one_line
 from kvshare.preflight.record import describe as describe
 from kvshare.preflight.record import record as record
 
@@ -30,7 +31,7 @@ STAGES: tuple[tuple[Check, ...], ...] = (
         *(recipe.connector, recipe.router, backends.service, recipe.estimator),
     ),
 )
-WARNINGS: tuple[Check, ...] = (memory.memory, backends.exposure)
+WARNINGS: tuple[Check, ...] = (memory.forecast, memory.memory, backends.exposure)
 
 
 class Finding(NamedTuple):
@@ -49,6 +50,21 @@ def run(job: Job) -> list[Finding]:
     else:
         found += [finding for check in WARNINGS for finding in _run(check, job, "warning")]
     return sorted(found, key=lambda finding: ("error", "warning", "ok").index(finding.level))
+
+
+def forecast(job: Job) -> Forecast:
+    """The forecast alone; needs no service, device or environment.
+
+    Raises:
+        UserError: what it needs is wrong.
+    """
+    for stage in ((packages.packages,), (recipe.config,), (lmcache.settings,), (recipe.model, recipe.data)):
+        if wrong := errors([finding for check in stage for finding in _run(check, job, "error")]):
+            raise UserError("; ".join(wrong))
+    (found,) = _run(memory.forecast, job, "warning")
+    if job.forecast is None:
+        raise UserError(found.text)
+    return job.forecast
 
 
 def errors(findings: list[Finding]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshare.errors import UserError
+from kvshare.forecast import Forecast
 
 
 @dataclass
@@ -15,7 +16,7 @@ class Job:
 
     Args:
         backend: a key of ``BACKENDS``.
-        device: one of ``DEVICES``.
+        device: cuda, npu or cpu.
         hydra_args: arguments of ``verl.trainer.main_ppo``.
     """
 
@@ -24,7 +25,7 @@ class Job:
     hydra_args: list[str]
     config: Any = None  # verl's composed config, from config()
     lmcache: Any = None  # LMCache's own config object, from settings()
-    stored_bytes: int | None = None  # at most, in a step
+    forecast: Forecast | None = None  # from forecast()
     facts: dict[str, str] = field(default_factory=dict)  # by name of a check: what its row says when all is well
 
     @property
@@ -60,6 +61,8 @@ class Job:
         return str(Path(options["--config-dir"]).resolve()), options["--config-name"], rest
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    if error.__cause__ is not None and type(error).__name__ == "InstantiationException":
+        error = error.__cause__  # Hydra's own says only what it was calling
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Memory the run needs."""
+"""The forecast, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -7,35 +7,72 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from kvshare import services
+from kvshare.forecast import Recipe, kv_bytes
+from kvshare.forecast import forecast as predict
+from kvshare.preflight import prompts
 from kvshare.preflight.job import Job
+from kvshare.preflight.lmcache import CPU_BLOCK_SIZE
+
+GPU_BLOCK_SIZE = 16
+"""Tokens in a block of vLLM's KV cache, by default; on Ascend it is CPU's."""
+
+FEW = 0.01
+"""Less than this share of prompt tokens is worth a warning."""
+
+
+def forecast(job: Job) -> Iterator[str]:
+    steps, total = prompts.steps(job)
+    job.forecast = predict(steps, recipe(job), total)
+    job.facts["forecast"] = job.forecast.verdict
+    if job.shares and job.forecast.share < FEW:
+        yield job.forecast.verdict
+
+
+def recipe(job: Job) -> Recipe:
+    from transformers import AutoConfig
+
+    model = job.config.actor_rollout_ref.model
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    default = GPU_BLOCK_SIZE if job.device == "cuda" else CPU_BLOCK_SIZE
+    return Recipe(
+        replicas=job.replicas,
+        samples=job.rollout.n,
+        chunk_size=job.lmcache.chunk_size,
+        block_size=job.rollout.engine_kwargs.vllm.get("block_size") or default,
+        token_bytes=kv_bytes(config.get_text_config().to_dict(), 4 if job.rollout.dtype == "float32" else 2),
+        routed=job.shares and bool(job.rollout.router_config_path),
+    )
 
 
 def memory(job: Job) -> Iterator[str]:
-    """How much KV a step may store, and whether the server keeps as much."""
-    data = job.config.data
-    try:
-        a_token = kv_bytes(json.loads((Path(job.config.actor_rollout_ref.model.path) / "config.json").read_text()))
-    except (OSError, ValueError, KeyError, TypeError):  # on the hub, or no model of that kind
+    """Whether what a step stores has room where it goes."""
+    if job.forecast is None or not job.shares:
         return
-    a_token *= 2 if job.rollout.dtype == "float32" else 1
-    whole = data.max_prompt_length // job.lmcache.chunk_size * job.lmcache.chunk_size
-    stored = job.stored_bytes = data.train_batch_size * whole * a_token
+    stored = job.forecast.stored_bytes_a_step
+    job.facts["memory"] = f"a step stores {stored / 2**30:.2f} GiB"
+    yield from _local_tier(job)
     status = os.environ.get(services.SERVER_STATUS)
     if job.backend == "remote" and status and Path(status).is_file():
         limit = json.loads(Path(status).read_text())["limit"]
         if limit < stored:
             keeps, needs = f"{limit / 2**30:.2f} GiB", f"{stored / 2**30:.2f} GiB"
             yield (
-                f"kvshare server keeps {keeps}, a step stores up to {needs}: prefixes may be evicted before others "
+                f"kvshare server keeps {keeps}, a step stores {needs}: prefixes may be evicted before others "
                 f"read them: start it with --memory {math.ceil(stored / 2**30 * 1.2)}"
             )
 
 
-def kv_bytes(model: dict[str, Any]) -> int:
-    """Bytes of KV a token in 16 bits, from a Hugging Face ``config.json``."""
-    heads = model["num_attention_heads"]
-    head_size = model.get("head_dim") or model["hidden_size"] // heads
-    return 2 * model["num_hidden_layers"] * model.get("num_key_value_heads", heads) * head_size * 2
+def _local_tier(job: Job) -> Iterator[str]:
+    """LMCache takes all of it when it starts, for each worker."""
+    import psutil
+
+    size = job.lmcache.max_local_cpu_size if job.lmcache.local_cpu else 0
+    workers = job.config.trainer.n_gpus_per_node
+    free = psutil.virtual_memory().available / 2**30
+    if workers * size > free:
+        yield (
+            f"max_local_cpu_size {size:g} GiB for each of {workers} workers is {workers * size:g} GiB, this machine "
+            f"has {free:.1f} free: make it less than {free / workers:.1f}"
+        )

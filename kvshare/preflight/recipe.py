@@ -11,8 +11,6 @@ from pathlib import Path
 from kvshare import ascend
 from kvshare.preflight.job import Job, one_line
 
-DEVICES = ("cuda", "npu", "cpu")
-
 ESTIMATORS = {
     *("gae", "grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "remax", "rloo", "rloo_vectorized"),
     *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),

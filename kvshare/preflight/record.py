@@ -27,7 +27,7 @@ def describe(job: Job) -> dict[str, Any]:
         "replicas": job.replicas,
         "model": str(job.config.actor_rollout_ref.model.path),
         "chunk_size": job.lmcache.chunk_size,
-        "stored_bytes_a_step": job.stored_bytes,
+        "forecast": job.forecast.record() if job.forecast else None,
         "server_status": os.environ.get(services.SERVER_STATUS),
         "adv_estimator": str(job.config.algorithm.adv_estimator),
         "versions": {name: installed(name) for name in versions.MAIN},
