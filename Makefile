@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p install test test-npu freshness routing faults lint lock clean
+.PHONY: demo demo-p2p install test test-npu freshness routing faults forecast wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -43,6 +43,14 @@ routing: .venv/dev
 # Faults on live engines, and a server that dies and comes back under verl: docs/reliability.md.
 faults: .venv/dev
 	$(BIN)/pytest -s tests/test_faults.py tests/test_server.py tests/faults.py
+
+# The forecast against what runs under verl measured, about 15 minutes.
+forecast: .venv/dev
+	$(BIN)/pytest -s tests/forecast.py
+
+# The wheel in an environment of its own.
+wheel: .venv/dev
+	$(BIN)/pytest -s tests/wheel.py
 
 # What the NPU launchers rely on, in the packages NPUs run (no NPU needed, 2 minutes). LMCache-Ascend has no package:
 # make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>; without it the tests that need it are skipped.

@@ -109,6 +109,7 @@ def preflight(backend: BackendOption, device: DeviceOption, hydra: Hydra = None,
     os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
     from kvshare import preflight as checks
 
+    folder = os.environ.get("KVSHARE_RUN_DIR")  # set by a launcher that is about to train
     job = _job(backend, device, hydra or [])
     findings = checks.run(job)
     wrong = checks.errors(findings)
@@ -119,7 +120,7 @@ def preflight(backend: BackendOption, device: DeviceOption, hydra: Hydra = None,
         _print_findings(findings, sys.stderr if wrong else sys.stdout)
     if wrong:
         raise typer.Exit(2)
-    if folder := os.environ.get("KVSHARE_RUN_DIR"):
+    if folder:
         checks.record(job, Path(folder))
 
 

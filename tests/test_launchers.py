@@ -122,3 +122,30 @@ def test_shellcheck_is_clean():
     scripts = [str(ROOT / launcher) for launcher in LAUNCHERS]
     done = subprocess.run(["shellcheck", *scripts, str(ROOT / ".ci" / "run")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_overrides_are_pasted_into_somebodys_own_job(launcher, tmp_path):
+    """verl's own config and recipe, with nothing of ours but what is printed."""
+    import verl
+
+    kind = launcher.removeprefix("run_qwen_").removesuffix(".sh").replace("_backend", "").split("_")
+    backend, device = kind[0], kind[1] if len(kind) > 1 else "cuda"
+    own = ["algorithm.adv_estimator=rloo", "actor_rollout_ref.model.path=/mine", "actor_rollout_ref.rollout.n=3"]
+    script = f"""
+        source <(kvshare overrides --backend {backend} --device {device})
+        printf '%s\\n' "$PYTHONHASHSEED" "$VERL_USE_EXTERNAL_MODULES" "$LMCACHE_CONFIG_FILE"
+        printf '%s\\n' {" ".join(own)} "${{kvshare_overrides[@]}}"
+    """
+    done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    seed, plugin, config, *overrides = done.stdout.splitlines()
+    assert (seed, plugin) == ("0", "kvshare.verl_plugin")
+    assert config == str(ROOT / "config" / f"{backend}_backend_config.yaml")
+    folder = os.path.dirname(verl.__file__) + "/trainer/config"
+    job = preflight.Job(backend, device, ["--config-dir", folder, "--config-name", "ppo_trainer", *overrides])
+    assert not list(recipe.config(job))
+    assert job.shares
+    assert job.rollout.router_config_path == str(ROOT / "config" / "router.yaml")
+    assert config == job.config.ray_kwargs.ray_init.runtime_env.env_vars.LMCACHE_CONFIG_FILE
+    assert (job.config.algorithm.adv_estimator, job.rollout.n) == ("rloo", 3)
+    assert job.config.actor_rollout_ref.model.path == "/mine"

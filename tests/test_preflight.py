@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from kvshare import lmcache_config, preflight, services, versions
-from kvshare.preflight import recipe
+from kvshare import gsm8k, lmcache_config, preflight, services, versions
+from kvshare.preflight import prompts, recipe
 
 REMOTE = ROOT / "config" / "remote_backend_config.yaml"
 P2P = ROOT / "config" / "p2p_backend_config.yaml"
@@ -54,6 +54,12 @@ def job(environment, data, model):
 
 def errors(job) -> list[str]:
     return preflight.errors(preflight.run(job))
+
+
+def warnings(job) -> dict[str, str]:
+    findings = preflight.run(job)
+    assert preflight.errors(findings) == []
+    return {finding.check: finding.text for finding in findings if finding.level == "warning"}
 
 
 def test_good_job_passes_and_is_described(job):
@@ -101,15 +107,74 @@ def test_null_connector_is_a_baseline(job):
     assert preflight.describe(checked)["backend"] == "no connector"
 
 
+def test_forecast(job, capsys):
+    checked = job()
+    findings = {finding.check: finding for finding in preflight.run(checked)}
+    found = checked.forecast
+    assert (found.prompts, found.of, found.recipe.replicas, found.recipe.samples) == (4, 4, 2, 4)
+    lengths = [len(ids) for step in prompts.steps(checked)[0] for ids in step]
+    assert found.shareable_tokens_a_step == sum(length // 256 * 256 for length in lengths) > 0
+    assert findings["forecast"] == ("ok", "forecast", found.verdict)
+    assert preflight.describe(checked)["forecast"] == found.record()
+    assert not capsys.readouterr().out
+
+
+def test_forecast_has_the_token_ids_of_the_run(job):
+    """As verl's own agent loop sends them, from what its own data set gives it."""
+    from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+    from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+    from verl.trainer.ppo.utils import create_rl_dataset
+    from verl.utils.config import omega_conf_to_dataclass
+
+    checked = _composed(job, "cpu", "data.train_max_samples=-1", "data.shuffle=false")
+    config, model = checked.config, omega_conf_to_dataclass(checked.config.actor_rollout_ref.model)
+    dataset = create_rl_dataset(config.data.train_files, config.data, model.tokenizer, None)
+
+    class Sent(Exception):
+        pass
+
+    class Server:
+        async def generate(self, prompt_ids, **kwargs):
+            raise Sent(prompt_ids)
+
+    def sent(messages):
+        loop = SingleTurnAgentLoop(
+            *(DictConfigWrap(config), Server(), model.tokenizer, None, type(dataset), DictConfigWrap(config.data)),
+            hf_model_type=model.hf_config.model_type,
+        )
+        with pytest.raises(Sent) as caught:
+            loop.loop.run_until_complete(loop.run({}, raw_prompt=messages))
+        return caught.value.args[0]
+
+    steps, of = prompts.steps(checked)
+    assert [ids for step in steps for ids in step] == [sent(row["raw_prompt"]) for row in dataset]
+    assert of == 8
+
+
+def test_nothing_can_be_shared_is_a_warning(job, environment, tmp_path):
+    gsm8k.write(gsm8k.generate(train=64, test=4, seed=1), tmp_path, shots=0, limit=8)
+    found = warnings(job(f"data.train_files='{tmp_path}/train.parquet'"))
+    assert found["forecast"].startswith("0.0% of prompt tokens can be shared with chunk_size 256: 0 of 4 prompts fill")
+    assert "0.0%" in warnings(job("actor_rollout_ref.rollout.router_config_path=null"))["forecast"]
+    assert "one replica" in warnings(job("trainer.n_gpus_per_node=1"))["forecast"]
+
+
+def test_no_prompt_is_left(job):
+    assert warnings(job("data.max_prompt_length=100")) == {
+        "forecast": "every prompt is longer than data.max_prompt_length 100: raise it"
+    }
+
+
 def test_bound_that_is_too_small_is_a_warning(job, environment, tmp_path):
     status = tmp_path / "status.json"
     status.write_text(json.dumps({"limit": 2**20}))
     environment.setenv("KVSHARE_SERVER_STATUS", str(status))
-    checked = job()
-    (warning,) = [finding.text for finding in preflight.run(checked) if finding.check == "memory"]
-    # 4 prompts of at most 1,536 tokens; 4 layers of K and V, 128 wide, in fp32
-    assert checked.stored_bytes == 4 * 1536 * 4 * 2 * 128 * 4
-    assert "kvshare server keeps 0.00 GiB, a step stores up to 0.02 GiB" in warning
+    assert warnings(job())["memory"].startswith("kvshare server keeps 0.00 GiB, a step stores 0.02 GiB")
+
+
+def test_local_tier_larger_than_the_machine_is_a_warning(job, environment):
+    environment.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "1000")
+    assert warnings(job())["memory"].startswith("max_local_cpu_size 1000 GiB for each of 2 workers is 2000 GiB, this")
 
 
 def test_port_that_others_can_reach_is_a_warning(job):
@@ -197,8 +262,8 @@ def test_fewer_devices_than_asked(job):
     assert found == ["2 cuda devices asked for, 0 found: set N_DEVICES, or make more visible"]
 
 
-def _composed(job, device):
-    made = job(device=device)
+def _composed(job, device, *overrides):
+    made = job(*overrides, device=device)
     assert not list(recipe.config(made))
     return made
 

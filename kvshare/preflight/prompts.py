@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from kvshare.errors import UserError
 from kvshare.preflight.job import Job
 
 ENOUGH = 1_000_000
@@ -15,7 +16,11 @@ ENOUGH = 1_000_000
 
 
 def steps(job: Job) -> tuple[list[list[list[int]]], int]:
-    """Prompts of the first steps, as token ids, and how many prompts the data has."""
+    """Prompts of the first steps, as token ids, and how many prompts the data has.
+
+    Raises:
+        UserError: there is none.
+    """
     from datasets import disable_progress_bars
     from omegaconf import OmegaConf
     from verl.trainer.ppo.utils import create_rl_dataset
@@ -34,6 +39,8 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     prompts = (ids for ids in _tokenized(dataset, model, data) if len(ids) <= data.max_prompt_length)
     while sum(len(ids) for step in found for ids in step) < ENOUGH and (step := list(islice(prompts, size))):
         found.append(step)
+    if not found:
+        raise UserError(f"every prompt is longer than data.max_prompt_length {data.max_prompt_length}: raise it")
     if len(found) > 1 and len(found[-1]) < size:
         found.pop()  # verl drops it, too
     return found, len(dataset)
