@@ -126,7 +126,8 @@ def test_forecast_has_the_token_ids_of_the_run(job):
     from verl.trainer.ppo.utils import create_rl_dataset
     from verl.utils.config import omega_conf_to_dataclass
 
-    checked = _composed(job, "cpu", "data.train_max_samples=-1", "data.shuffle=false")
+    everything = ("data.train_max_samples=-1", "data.shuffle=false", "data.filter_overlong_prompts=false")
+    checked = _composed(job, "cpu", *everything)
     config, model = checked.config, omega_conf_to_dataclass(checked.config.actor_rollout_ref.model)
     dataset = create_rl_dataset(config.data.train_files, config.data, model.tokenizer, None)
 
