@@ -100,7 +100,26 @@ def check_controller(pull_url: str, reply_url: str) -> str:
                 f"{host}:{port} is taken by something that is not lmcache_controller: "
                 f"stop it, or choose another port in controller_{name}_url and {start}"
             )
+    if not _looks_up(*ports["reply"]):
+        raise UserError(
+            f"{ports['reply'][0]}:{reply} speaks zmq, but not as lmcache_controller's reply port: "
+            f"stop it, or choose another port in controller_reply_url and {start}"
+        )
     return f"{host}:{pull} and {reply}"
+
+
+def _looks_up(host: str, port: int) -> bool:
+    """Whether a P2P lookup of nothing is answered as lmcache_controller answers it."""
+    import msgspec
+    import zmq
+
+    ask = {"type": "BatchedP2PLookupMsg", "hashes": [], "instance_id": "kvshare", "worker_id": 0}
+    socket: zmq.Socket = zmq.Context.instance().socket(zmq.REQ)
+    with socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"tcp://{host}:{port}")
+        socket.send(msgspec.msgpack.encode(ask))
+        return bool(socket.poll(int(TIMEOUT * 1000))) and b"BatchedP2PLookupRetMsg" in socket.recv()
 
 
 def exposed(ports: set[int]) -> list[tuple[str, int]]:

@@ -7,10 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import zmq
 from conftest import ROOT
 
-from kvshare import gsm8k, lmcache_config, preflight, services, versions
-from kvshare.preflight import prompts, recipe
+from kvshare import gsm8k, lmcache_config, policy, preflight, services, versions
+from kvshare.preflight import environment as environment_check
+from kvshare.preflight import packages, prompts, recipe
 
 REMOTE = ROOT / "config" / "remote_backend_config.yaml"
 P2P = ROOT / "config" / "p2p_backend_config.yaml"
@@ -255,6 +257,62 @@ def test_controller_is_not_up(job, environment):
     (error,) = errors(job(backend="p2p"))
     assert "lmcache_controller's pull port" in error
     assert "start it with: lmcache_controller --host localhost --port 9000 --monitor-ports" in error
+
+
+def test_zmq_that_is_not_the_controller(job, environment):
+    """Its sockets greet as the controller's do."""
+    environment.setenv("LMCACHE_CONFIG_FILE", str(P2P))
+    environment.setattr(services, "TIMEOUT", 0.5)
+    with zmq.Context() as context, context.socket(zmq.PULL) as pull, context.socket(zmq.ROUTER) as reply:
+        ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in (pull, reply)]
+        for name, port in zip(("PULL", "REPLY"), ports, strict=True):
+            environment.setenv(f"LMCACHE_CONTROLLER_{name}_URL", f"127.0.0.1:{port}")
+        (error,) = errors(job(backend="p2p"))
+    assert error.startswith(f"127.0.0.1:{ports[1]} speaks zmq, but not as lmcache_controller's reply port: stop it")
+
+
+def test_ray_cluster_that_is_up_inherits_nothing(job, environment, tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")  # ray start writes it
+    environment.setenv("RAY_TMPDIR", str(tmp_path))
+    environment.setenv("LMCACHE_CHUNK_SIZE", "256")
+    forwarded = "+ray_kwargs.ray_init.runtime_env.env_vars"
+    given = [f"{forwarded}.{name}=x" for name in os.environ if environment_check.NEEDED.fullmatch(name)]
+    given.remove(f"{forwarded}.LMCACHE_CHUNK_SIZE=x")
+    assert errors(job(*given)) == [
+        "Ray at 10.0.0.1:6379 is up already, its workers will not see LMCACHE_CHUNK_SIZE: "
+        f"add {forwarded}.LMCACHE_CHUNK_SIZE='256'"
+    ]
+    assert errors(job(*given, f"{forwarded}.LMCACHE_CHUNK_SIZE='256'")) == []
+    environment.setenv("RAY_ADDRESS", "local")
+    assert errors(job()) == []
+
+
+def test_key_too_long_for_lm(job, environment):
+    """As it is with a long path and without kvshare's short names."""
+    environment.setattr(policy, "MAX_MODEL_NAME", 1000)
+    (error,) = errors(job(f"actor_rollout_ref.model.path=/{'long/' * 30}"))
+    assert error == "a key of 181 characters is too long for lm://, 150 fit: give the model a shorter path"
+
+
+def test_compiled_code_that_does_not_load(job):
+    """It is CUDA's, and this torch is not."""
+    (line,) = packages.compiled(job(device="cuda"))
+    assert line.startswith("lmcache.cuda_ops, LMCache's CUDA code, does not load with torch 2.13.0+cpu (lib")
+    assert line.endswith("install the lmcache of requirements/gpu.txt, or build it with this torch")
+
+
+def test_compiled_code_that_is_not_there(job, environment):
+    environment.setattr(packages, "CUDA_CODE", ("lmcache.no_such_ops",))
+    (line,) = packages.compiled(job(device="cuda"))
+    assert line.startswith("LMCache was built without its CUDA code, it would copy KV slowly: install the lmcache of")
+
+
+def test_graphs_are_off(job):
+    on, off = (f"actor_rollout_ref.rollout.enforce_eager={value}" for value in ("false", "true"))
+    assert list(recipe.graphs(_composed(job, "cuda", on))) == []
+    (line,) = recipe.graphs(_composed(job, "cuda", off))
+    assert line.startswith("actor_rollout_ref.rollout.enforce_eager=true turns graphs off")
 
 
 def test_fewer_devices_than_asked(job):

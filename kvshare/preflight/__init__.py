@@ -27,11 +27,12 @@ STAGES: tuple[tuple[Check, ...], ...] = (
     (recipe.config,),
     (lmcache.settings,),
     (
-        *(packages.plugins, environment.environment, recipe.devices, recipe.model, recipe.data),
-        *(recipe.connector, recipe.router, backends.service, recipe.estimator),
+        *(packages.compiled, packages.plugins, environment.environment, environment.cluster),
+        *(recipe.devices, recipe.model, recipe.data, recipe.estimator),
+        *(recipe.connector, recipe.router, backends.service),
     ),
 )
-WARNINGS: tuple[Check, ...] = (memory.forecast, memory.memory, backends.exposure)
+WARNINGS: tuple[Check, ...] = (memory.forecast, memory.memory, recipe.graphs, backends.exposure)
 
 
 class Finding(NamedTuple):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
 from kvshare import ascend, versions
-from kvshare.preflight.job import Job
+from kvshare.preflight.job import Job, one_line
 from kvshare.upstream import installed
+
+CUDA_CODE = ("lmcache.cuda_ops", "lmcache.c_ops")
+"""From LMCache 0.5.4 on, and before."""
 
 
 def packages(job: Job) -> Iterator[str]:
@@ -19,6 +23,23 @@ def packages(job: Job) -> Iterator[str]:
     if find_spec("torchvision") and job.device == "cpu":
         yield "package torchvision does not fit torch's CPU build: pip uninstall -y torchvision torchaudio torchcodec"
     job.facts["packages"] = ", ".join(f"{name} {installed(name)}" for name in versions.MAIN)
+
+
+def compiled(job: Job) -> Iterator[str]:
+    """Where LMCache's CUDA code does not load, it warns once in a log and goes on with something slow."""
+    if job.device != "cuda":
+        return
+    import torch
+
+    found = next((name for name in CUDA_CODE if find_spec(name)), None)
+    fix = f"install the lmcache of {versions.requirements(job.device)}, or build it with this torch"
+    if found is None:
+        yield f"LMCache was built without its CUDA code, it would copy KV slowly: {fix}"
+        return
+    try:
+        import_module(found)
+    except ImportError as error:
+        yield f"{found}, LMCache's CUDA code, does not load with torch {torch.__version__} ({one_line(error)}): {fix}"
 
 
 def plugins(job: Job) -> Iterator[str]:

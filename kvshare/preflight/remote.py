@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvshare import services
+from kvshare import policy, services
 from kvshare.preflight.job import Job
 
 ADDRESSES = ("remote_url",)
 
 
 def settings(job: Job, path: str | None) -> Iterator[str]:
-    if not job.lmcache.remote_url:
+    url = str(job.lmcache.remote_url or "")
+    if not url:
         yield f"{path} has no remote_url, so nothing would be shared: set it, e.g. lm://localhost:65432"
+    if url.startswith("lm://"):
+        yield from _key(job)
+
+
+def _key(job: Job) -> Iterator[str]:
+    """lm:// has room for so many characters; LMCache asserts it with each key, in its worker."""
+    import torch
+    from lmcache.utils import CacheEngineKey
+    from lmcache.v1.protocol import MAX_KEY_LENGTH
+
+    model = policy.key_model_name(str(job.config.actor_rollout_ref.model.path))
+    key = CacheEngineKey(model, job.world_size, job.world_size - 1, 2**64 - 1, torch.bfloat16).to_string()
+    if len(key) > MAX_KEY_LENGTH:
+        fix = "give the model a shorter path"
+        yield f"a key of {len(key)} characters is too long for lm://, {MAX_KEY_LENGTH} fit: {fix}"
 
 
 def service(job: Job) -> Iterator[str]:
