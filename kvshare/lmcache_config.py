@@ -89,10 +89,19 @@ def effective(path: str | None) -> Any:
     Raises:
         UserError: LMCache refuses the combination.
     """
-    from lmcache.v1.config import load_engine_config_with_overrides
+    from lmcache.v1.config import LMCacheEngineConfig
 
     try:
-        return load_engine_config_with_overrides(config_file_path=path)
+        config = LMCacheEngineConfig.from_file(path) if path else LMCacheEngineConfig.from_defaults()
+        try:
+            config.update_config_from_env()
+        except ValueError:
+            if config.lmcache_worker_ports:
+                raise
+            config.lmcache_worker_ports = [0]  # where LMCache demands a port, kvshare.p2p finds a free one
+            config.validate()
+            config.lmcache_worker_ports = []
+        return config
     except Exception as error:
         raise UserError(f"LMCache refuses {path}: {str(error).splitlines()[0] if str(error) else error!r}") from None
 

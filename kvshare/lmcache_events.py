@@ -5,8 +5,8 @@ cannot tell another replica's KV from one's own. These events can, because they 
 
 * ``ready``: the LMCache engine of this worker is up (in degraded mode it never comes);
 * ``store``: the keys a request's KV goes under;
-* ``stored``: all of them have arrived, ``seconds`` after store() returned: from here on others find the
-  request's first ``end`` tokens;
+* ``stored``: all of them have arrived, and with P2P the controller knows, ``seconds`` after store() returned: from
+  here on others find the request's first ``end`` tokens;
 * ``load``: the keys that were loaded into vLLM, the tokens that arrived, those expected, the ``seconds`` it took.
 """
 
@@ -16,9 +16,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from kvshare import events, policy
+from kvshare.lmcache_worker import when_known
 from kvshare.upstream import wrap
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,12 @@ def _report_store(engine: Any, store: Callable[[], Any], args: tuple, kwargs: di
         _send(engine, "store", **request, keys=[key.chunk_hash for _, _, key in chunks])
         end = max((end for _, end, _ in chunks), default=0)
         began = time.monotonic()
-        puts.when_finished(lambda: _send(engine, "stored", **request, end=end, seconds=time.monotonic() - began))
+
+        def stored() -> None:
+            _send(engine, "stored", **request, end=end, seconds=time.monotonic() - began)
+
+        known = partial(when_known, engine, chunks[-1][2], stored) if chunks else stored
+        puts.when_finished(known)
     except Exception:
         logger.exception("kvshare could not report a store; the store itself is done")
     return result

@@ -49,7 +49,9 @@ def mend_token_database(module: Any) -> None:
 def _make_key(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     def make(chunk_hash: int, request_configs: dict | None = None) -> Any:
         configs = dict(request_configs or {})
-        folded = policy.fold(chunk_hash, configs.pop(policy.TAG, ""))
+        # And the rank: lmcache_controller looks for a hash only, and would name rank 0 to all (LMCache 0.5.6).
+        rank = f"@{instance.metadata.worker_id}" if instance.metadata.worker_id else ""
+        folded = policy.fold(chunk_hash, configs.pop(policy.TAG, "") + rank)
         key = wrapped(folded, configs or None)
         key.model_name = policy.key_model_name(key.model_name)
         return key

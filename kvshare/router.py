@@ -21,6 +21,7 @@ import ray
 from cachetools import LRUCache
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
+from kvshare import lmcache_config
 from kvshare.ledger import Ledger
 from kvshare.prefixes import Key, chunk_digests
 from kvshare.rates import UNKNOWN, break_even, worth
@@ -302,9 +303,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
 
 def _chunk_size() -> int:
-    from lmcache.v1.config import load_engine_config_with_overrides
-
-    return load_engine_config_with_overrides(config_file_path=os.environ.get("LMCACHE_CONFIG_FILE")).chunk_size
+    return lmcache_config.effective(os.environ.get("LMCACHE_CONFIG_FILE")).chunk_size
 
 
 # Held requests are pending calls of this actor: Ray's default of 1,000 at once would block releases.

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
-from kvshare import events, p2p, policy
+from kvshare import events, lmcache_config, p2p, policy, services
 from kvshare.ledger import Ledger
 from kvshare.prefixes import Prefill, StoredPrefixes, chunk_digests
 from kvshare.rates import Pace, Rates
@@ -50,12 +50,14 @@ class KVShareServer(vLLMHttpServer):
 
     def _own_lmcache_config(self) -> int:
         """Give this replica its P2P identity; returns LMCache's chunk size in tokens."""
-        from lmcache.v1.config import LMCacheEngineConfig, load_engine_config_with_overrides
-
-        path = os.environ.get("LMCACHE_CONFIG_FILE")
-        settings: LMCacheEngineConfig = load_engine_config_with_overrides(config_file_path=path)
+        settings = lmcache_config.effective(os.environ.get("LMCACHE_CONFIG_FILE"))
         if settings.enable_p2p:
-            os.environ.update(p2p.identity(settings.to_dict(), self.replica_rank, self.replica_world_size))
+            nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+            address = ray.util.get_node_ip_address() if len(nodes) > 1 else "127.0.0.1"
+            identity = p2p.identity(
+                settings.to_dict(), self.replica_rank, self.replica_world_size, address, services.free_port
+            )
+            os.environ.update(identity)
         return settings.chunk_size
 
     async def run_server(self, args: argparse.Namespace) -> None:

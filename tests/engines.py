@@ -34,19 +34,30 @@ class Engine:
     Args:
         rank: which replica it plays in the ledger lines of ``events``.
         environment: on top of the tests' own.
+        host: address it listens on.
+        inside: command to run it with, e.g. in another network namespace.
     """
 
-    def __init__(self, processes: Processes, rank: int, model: Path, log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        rank: int,
+        model: Path,
+        log: Path,
+        environment: dict[str, str],
+        host: str = "127.0.0.1",
+        inside: tuple[str, ...] = (),
+    ) -> None:
         self.events: list[dict[str, Any]] = []
         self._rank = rank
-        address = f"ipc://@kvshare-test-{uuid4().hex}"
+        address = f"ipc://{log}.events" if inside else f"ipc://@kvshare-test-{uuid4().hex}"  # @ is of one namespace
         threading.Thread(target=self._listen, args=(address,), daemon=True).start()
         self.log = log
-        self._url = f"http://127.0.0.1:{(port := services.free_port())}"
+        self._url = f"http://{host}:{(port := services.free_port())}"
         internal = services.free_port()
         self._worker = f"http://127.0.0.1:{internal + 1}"  # LMCache's own API of worker 0
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+        command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
         command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
         command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
         settings = {

@@ -7,7 +7,7 @@ import pytest
 from lmcache.v1 import config
 from test_launchers import dry_run
 
-from kvshare import lmcache_config, p2p
+from kvshare import lmcache_config, p2p, services
 
 
 @pytest.fixture
@@ -56,10 +56,10 @@ def test_identity_of_replicas(monkeypatch):
     own = []
     for replica in range(4):
         settings = launched(monkeypatch, "p2p").to_dict()
-        own.append(launched(monkeypatch, "p2p", **p2p.identity(settings, replica, world_size=2)))
-        for name in ("LMCACHE_LMCACHE_INSTANCE_ID", *(f"LMCACHE_{ports.upper()}" for ports in p2p.PORT_LISTS)):
-            monkeypatch.delenv(name)
-    assert [c.lmcache_instance_id for c in own] == [f"lmcache_instance_1_r{replica}" for replica in range(4)]
+        own.append(launched(monkeypatch, "p2p", **p2p.identity(settings, replica, 2, "127.0.0.1", services.free_port)))
+        for key in ("lmcache_instance_id", "p2p_host", *p2p.PORT_LISTS):
+            monkeypatch.delenv(f"LMCACHE_{key.upper()}")
+    assert len({c.lmcache_instance_id for c in own}) == 4
     for name in p2p.PORT_LISTS:
         assert all(len(getattr(c, name)) == 2 for c in own)
         assert len({port for c in own for port in getattr(c, name)}) == 8

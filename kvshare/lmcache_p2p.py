@@ -1,0 +1,143 @@
+"""LMCache's P2P backend: what several replicas hold is found, and one that is slow or gone is in nobody's way.
+
+LMCache 0.5.6 takes what the first replica with the first chunk has, and no more. It waits for a replica that died
+without end, under a lock that every other connection needs, or raises, and then nobody answers the scheduler. And it
+gives the memory that it has asked a replica to write into back when it is tired of waiting, while that replica may
+still write: what is there next would be overwritten with KV of other tokens. And when there is no memory to load into
+it sleeps on the event loop until there is, so it serves nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from typing import Any
+
+import wrapt
+
+from kvshare.upstream import wrap
+
+logger = logging.getLogger(__name__)
+
+AVOID_SECONDS = 5.0
+"""How long a replica that did not answer is left alone. The controller forgets one that is gone in ten."""
+
+
+def mend_backend(module: Any) -> None:
+    wrap(module, "P2PBackend.__init__", _init, "config", "local_cpu_backend")
+    wrap(module, "P2PBackend._ensure_peer_connection", _connect, "target_peer_init_url", "force_update")
+    wrap(module, "P2PBackend.batched_async_contains", _contains, "lookup_id", "keys", "pin")
+    wrap(module, "P2PBackend.batched_get_non_blocking", _get, "lookup_id", "keys", "transfer_spec")
+    wrap(module, "P2PBackend._cleanup_memory_objects", _keep, "mem_objs")
+
+
+class SetAside(Exception):
+    """Memory that a replica may still write into."""
+
+
+class Local(wrapt.ObjectProxy):
+    """LocalCPUBackend that never sleeps for memory."""
+
+    def allocate(self, *args: Any, **kwargs: Any) -> Any:
+        memory = self.__wrapped__.allocate(*args, **{**kwargs, "busy_loop": False})
+        if memory is None:
+            raise MemoryError("LMCache has no memory to load into, KV is recomputed: raise max_local_cpu_size")
+        return memory
+
+
+class Peers:
+    """What one P2PBackend knows of the others, by ``p2p_init`` address."""
+
+    def __init__(self) -> None:
+        self.locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.segments: dict[str, list[tuple[int, tuple[str, str]]]] = {}  # lookup: chunks, (address, location)
+        self.aside: list[Any] = []  # LMCache frees what nobody refers to
+        self._failed: dict[str, float] = {}
+
+    def failed(self, address: str, error: object) -> None:
+        if not self.avoids(address):
+            logger.error("replica at %s does not answer (%s): not asked for %s s", address, error, AVOID_SECONDS)
+        self._failed[address] = time.monotonic()
+
+    def avoids(self, address: str) -> bool:
+        return time.monotonic() < self._failed.get(address, -AVOID_SECONDS) + AVOID_SECONDS
+
+
+def _init(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> None:
+    backend._kvshare_peers = Peers()
+    wrapped(*args, **kwargs)
+    patience = backend.socket_recv_timeout_ms = backend.config.lookup_timeout_ms  # then the scheduler recomputes
+    # A request that got no answer may still be served: asked again, it would write twice.
+    backend.max_retry_count = 1
+    backend.local_cpu_backend = Local(backend.local_cpu_backend)
+    channel, connect = backend.transfer_channel, backend.transfer_channel.async_lazy_init_peer_connection
+    channel.async_lazy_init_peer_connection = lambda **call: asyncio.wait_for(connect(**call), patience / 1000)
+
+
+async def _connect(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> None:
+    address = args[0] if args else kwargs["target_peer_init_url"]
+    again = args[1] if len(args) > 1 else kwargs.get("force_update", False)
+    peers = backend._kvshare_peers
+    if peers.avoids(address) and not again:
+        raise ConnectionError(f"{address} did not answer a moment ago")
+    try:
+        await wrapped(*args, **kwargs)
+    except Exception as error:
+        backend.target_peer_info_mapping.pop(address, None)  # the next to need it connects anew
+        peers.failed(address, str(error) or "no connection")
+        if not again:
+            raise
+
+
+async def _contains(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> int:
+    """As many chunks as there are anywhere: of one replica, then of one that has the next, and so on."""
+
+    async def contains(lookup_id: str, keys: list[Any], pin: bool = False) -> int:
+        found, segments = 0, []
+        while found < len(keys) and (count := await wrapped(lookup_id, keys[found:], pin)):
+            segments.append((count, backend.lookup_id_to_peer_mapping.pop(lookup_id)))
+            found += count
+        if segments:
+            backend._kvshare_peers.segments[lookup_id] = segments
+        return found
+
+    return await contains(*args, **kwargs)
+
+
+async def _get(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> list[Any]:
+    peers = backend._kvshare_peers
+
+    async def get(lookup_id: str, keys: list[Any], transfer_spec: Any = None) -> list[Any]:
+        arrived: list[Any] = []
+        ends = transfer_spec["cum_chunk_lengths"]
+        for count, (address, location) in peers.segments.pop(lookup_id):
+            begin = len(arrived)
+            async with peers.locks[address]:
+                if peers.avoids(address):
+                    break
+                backend.lookup_id_to_peer_mapping[lookup_id] = address, location
+                spec = {"cum_chunk_lengths": ends[begin : begin + count + 1]}
+                try:
+                    arrived += await wrapped(lookup_id, keys[begin : begin + count], spec)
+                except MemoryError as error:
+                    logger.warning("%s", error)
+                except Exception as error:  # without an answer the scheduler would wait
+                    peers.failed(address, error)
+            if len(arrived) < begin + count:
+                break
+        return arrived
+
+    return await get(*args, **kwargs)
+
+
+def _keep(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> None:
+    """Never give back memory that a replica was asked to write into, and may still write into.
+
+    It is lost; a replica that does not answer is not asked again for a while, so that is rare.
+    """
+    objects = args[0] if args else kwargs["mem_objs"]
+    backend._kvshare_peers.aside += objects
+    lost = sum(memory.get_size() for memory in objects)
+    raise SetAside(f"{lost / 2**20:.1f} MiB of LMCache's memory are set aside, where it may still write")
