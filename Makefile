@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p install test test-npu freshness routing faults forecast wheel lint lock clean
+.PHONY: demo demo-p2p install test test-npu freshness routing faults p2p forecast wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -51,6 +51,10 @@ forecast: .venv/dev
 # The wheel in an environment of its own.
 wheel: .venv/dev
 	$(BIN)/pytest -s tests/wheel.py
+
+# P2P: three replicas, a controller, each of them killed; two hosts (network namespaces). 10 minutes.
+p2p: .venv/dev
+	$(BIN)/pytest -s tests/p2p.py
 
 # What the NPU launchers rely on, in the packages NPUs run (no NPU needed, 2 minutes). LMCache-Ascend has no package:
 # make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>; without it the tests that need it are skipped.
