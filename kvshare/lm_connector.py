@@ -4,9 +4,9 @@ LMCache 0.5.6's own (LMCServerConnector) never reconnects after its server was r
 hung one without end, takes part of a reply for the whole, and loads what a dying client left of an
 entry. This one takes its place; protocol, URL and settings are the same.
 
-* No operation takes longer than ``blocking_timeout_secs`` of the LMCache config. After one that
-  failed nothing is asked until a probe in the background finds the server healthy again: meanwhile
-  lookups miss, and vLLM recomputes.
+* No operation takes longer than ``blocking_timeout_secs`` of the LMCache config; the lookup of a whole
+  prompt is one. After one that failed nothing is asked until a probe in the background finds the
+  server healthy again: meanwhile lookups miss, and vLLM recomputes.
 * Puts have a connection and a thread of their own, and are confirmed: a put that returns can be found.
 * An entry carries a checksum of its content and key. What does not fit is a miss.
 """
@@ -19,7 +19,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 CHECKSUM = 8  # bytes after each entry
 PROBE_EVERY = 1.0  # seconds
-MAX_WAITING_PUTS = 64  # chunks; more than the server can take are not stored
 
 
 def mend_lm_connector(module: Any) -> None:
@@ -47,12 +46,15 @@ class Link:
     def __init__(self, address: tuple[str, int], timeout: float) -> None:
         self._address, self._timeout = address, timeout
         self._socket: socket.socket | None = None
-        self._deadline = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """An operation starts: all of it has ``timeout`` seconds."""
+        self._deadline = time.monotonic() + self._timeout
 
     def __enter__(self) -> Link:
-        self._deadline = time.monotonic() + self._timeout
         if self._socket is None:
-            self._socket = socket.create_connection(self._address, timeout=self._timeout)
+            self._socket = socket.create_connection(self._address, timeout=self._left())
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self
 
@@ -78,11 +80,14 @@ class Link:
 
     def _ready(self) -> socket.socket:
         assert self._socket is not None
+        self._socket.settimeout(self._left())
+        return self._socket
+
+    def _left(self) -> float:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"no answer within {self._timeout} s")
-        self._socket.settimeout(left)
-        return self._socket
+        return left
 
 
 def _connector_class() -> type:
@@ -99,10 +104,9 @@ def _connector_class() -> type:
             self._reads, self._writes = self._new_link(), self._new_link()
             self._name = f"lm://{host}:{port}"
             self._loop, self._memory = loop, local_cpu_backend
-            self._down = threading.Event()
+            self._down, self._closed = threading.Event(), threading.Event()
             self._lock = threading.Lock()
             self._putting = ThreadPoolExecutor(1, "kvshare-lm-put")
-            self._waiting = 0
 
         async def exists(self, key: Any) -> bool:
             return not self._down.is_set() and self._do(self._reads, self._has, key)
@@ -110,24 +114,30 @@ def _connector_class() -> type:
         def exists_sync(self, key: Any) -> bool:
             return asyncio.run_coroutine_threadsafe(self.exists(key), self._loop).result()
 
+        def support_batched_contains(self) -> bool:
+            return True
+
+        def batched_contains(self, keys: Sequence[Any]) -> int:
+            """How many of the leading keys are there."""
+            return asyncio.run_coroutine_threadsafe(self._leading(keys), self._loop).result()
+
+        async def _leading(self, keys: Sequence[Any]) -> int:
+            return 0 if self._down.is_set() else self._do(self._reads, self._count, keys)
+
         async def get(self, key: Any) -> Any:
             if self._down.is_set():
                 return None
             return self._do(self._reads, self._get, key)
 
         async def put(self, key: Any, memory_obj: Any) -> None:
-            if self._waiting >= MAX_WAITING_PUTS:
-                self._went_down(TimeoutError(f"{MAX_WAITING_PUTS} chunks wait for it already"))
-            self._waiting += 1
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._putting, self._put, key, memory_obj)
-            finally:
-                self._waiting -= 1
+            # What waits is bounded by LMCache's local memory, which holds it.
+            await asyncio.get_running_loop().run_in_executor(self._putting, self._put, key, memory_obj)
 
         async def list(self) -> list[str]:
             return []
 
         async def close(self) -> None:
+            self._closed.set()
             self._putting.shutdown(wait=False, cancel_futures=True)
             self._reads.close()
             self._writes.close()
@@ -148,6 +158,9 @@ def _connector_class() -> type:
             link.send(_checksum(key, data))
             return self._has(link, key)
 
+        def _count(self, link: Link, keys: Sequence[Any]) -> int:
+            return next((i for i, key in enumerate(keys) if not self._has(link, key)), len(keys))
+
         def _has(self, link: Link, key: Any) -> bool:
             return self._request(link, ClientCommand.EXIST, key).code == ServerReturnCode.SUCCESS
 
@@ -167,7 +180,8 @@ def _connector_class() -> type:
             size = meta.length - CHECKSUM
             if not meta.dtype or size != meta.shape.numel() * meta.dtype.itemsize or size > self.full_chunk_size_bytes:
                 raise ValueError(f"{self._name} sent an entry of {meta.length} bytes, which is none of ours")
-            memory_obj = self._memory.allocate(meta.shape, meta.dtype, meta.fmt)
+            # Not LMCache's default, to try until there is room: what it waits for may be waiting for this.
+            memory_obj = self._memory.allocate(meta.shape, meta.dtype, meta.fmt, busy_loop=False)
             if memory_obj is None:
                 logger.error("no room in LMCache's local memory for an entry of %s", self._name)
                 link.close()  # the rest of the reply is not read
@@ -186,6 +200,7 @@ def _connector_class() -> type:
             return None
 
         def _do(self, link: Link, operation: Callable[..., Any], *args: Any) -> Any:
+            link.start()
             try:
                 try:
                     with link:
@@ -206,15 +221,14 @@ def _connector_class() -> type:
             threading.Thread(target=self._probe, name="kvshare-lm-probe", daemon=True).start()
 
         def _probe(self) -> None:
-            while True:
-                time.sleep(PROBE_EVERY)
+            while not self._closed.wait(PROBE_EVERY):
                 with contextlib.suppress(OSError), self._new_link() as link:
                     link.send(HEALTH_REQUEST)
                     link.receive(bytearray(ServerMetaMessage.packlength()))
                     link.close()
-                    break
-            logger.error("%s is back: KV is shared again", self._name)
-            self._down.clear()
+                    logger.error("%s is back: KV is shared again", self._name)
+                    self._down.clear()
+                    return
 
     return LMConnector
 

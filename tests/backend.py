@@ -21,10 +21,13 @@ BOUND = 300_000_000  # bytes
 
 
 class Backend:
-    """``does`` says how: serve, refuse, hang, slow, truncate, flip, or vanish (found, but gone when loaded)."""
+    """``does`` says how: serve, refuse, hang, slow, drop once (then slow), truncate, flip, or vanish (found, but gone
+    when loaded)."""
 
     def __init__(self, processes: Processes, log: Path) -> None:
         self.does = "serve"
+        self.delay = 0.05  # seconds, of each answer while it is slow
+        self.asked = 0  # requests that came
         self._processes, self._log = processes, log
         self._port = services.free_port()
         self.start()
@@ -69,12 +72,16 @@ class Backend:
         header = _read(client, HEADER.size)
         command, length, *_ = HEADER.unpack(header)
         does = self.does
+        self.asked += 1
         if does == "refuse":
             raise EOFError
         while self.does == "hang":
             time.sleep(0.05)
-        if does == "slow":
-            time.sleep(0.05)
+        if does in ("slow", "drop once"):
+            time.sleep(self.delay)
+        if does == "drop once":
+            self.does = "slow"
+            raise EOFError
         server.sendall(header + (_read(client, length) if command == PUT else b""))
         if command == PUT:
             return
