@@ -19,8 +19,8 @@ from kvshare.upstream import wrap
 
 logger = logging.getLogger(__name__)
 
-LOCAL_TIERS = {"LocalCPUBackend": "hot_cache", "LocalDiskBackend": "dict"}
-"""LMCache's own storage backends, and the attribute that maps keys to entries."""
+LOCAL_TIERS = {"LocalCPUBackend": ("hot_cache", "cpu_lock"), "LocalDiskBackend": ("dict", "disk_lock")}
+"""LMCache's own storage backends: the attribute that maps keys to entries, and the lock on it."""
 
 
 def mend_connector(module: Any) -> None:
@@ -68,11 +68,11 @@ def _hear_scheduler(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> N
 
 def _give_back(backends: dict[str, Any]) -> None:
     """Free what is in the local tiers now; only the list of it is made while the engine waits."""
-    held = [
-        (backends[tier], list(getattr(backends[tier], entries).items()))
-        for tier, entries in LOCAL_TIERS.items()
-        if tier in backends
-    ]
+    held = []
+    for tier, (entries, lock) in LOCAL_TIERS.items():
+        if backend := backends.get(tier):
+            with getattr(backend, lock):  # other threads store and evict meanwhile
+                held.append((backend, list(getattr(backend, entries).items())))
 
     def free() -> None:
         for backend, entries in held:
