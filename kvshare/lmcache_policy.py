@@ -81,21 +81,30 @@ def _init(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> None:
 def _stamp(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     request = args[0] if args else kwargs["request"]
     if request.sampling_params is not None:
-        stamp = _policy(request.sampling_params)
-        if request.arrival_time < engine.reset_at and not policy.is_private(stamp):
+        stamp, stamped_at = _stamped(request)
+        if stamped_at < engine.reset_at and not policy.is_private(stamp):
             # It was stamped for weights that are gone.
             _set_policy(request.sampling_params, policy.private_policy())
             if instance.lookup_client is not None:
                 instance.lookup_client.clear_lookup_status(request.request_id)
+        elif request.prompt_embeds is not None:
+            # LMCache keys on token ids, and embeddings have none.
+            _set_policy(request.sampling_params, policy.private_policy())
         elif not stamp and request.lora_request is not None:
-            # Only the engine knows what it loaded under an adapter's name.
-            _set_policy(request.sampling_params, f"{engine.own}+{request.lora_request.lora_name}")
+            _set_policy(request.sampling_params, _with_adapter(engine.own, request.lora_request))
     return wrapped(*args, **kwargs)
 
 
-def _policy(sampling_params: Any) -> str:
-    params = (sampling_params.extra_args or {}).get("kv_transfer_params") or {}
-    return str(params.get(policy.TAG, ""))
+def _stamped(request: Any) -> tuple[str, float]:
+    """The policy a request carries, and since when; the time of its arrival if nobody stamped it."""
+    params = (request.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
+    at = params.get(policy.STAMPED_AT)
+    return str(params.get(policy.TAG, "")), at if isinstance(at, float) else request.arrival_time
+
+
+def _with_adapter(own: str, adapter: Any) -> str:
+    """Only the engine knows what it loaded under an adapter's name: a new id, or, in place, the same."""
+    return policy.private_policy() if adapter.load_inplace else f"{own}+{adapter.lora_name}.{adapter.lora_int_id}"
 
 
 def _set_policy(sampling_params: Any, name: str) -> None:

@@ -18,6 +18,9 @@ TAG = "lmcache.tag.policy"
 """Request config that carries the policy id; LMCache forwards ``lmcache.*`` from
 ``SamplingParams.extra_args["kv_transfer_params"]``."""
 
+STAMPED_AT = "kvshare.stamped_at"
+"""Beside it: when that was, Unix time. A request may be on its way into the engine while the weights change."""
+
 PRIVATE = "private-"
 
 MAX_MODEL_NAME = 64

@@ -220,7 +220,7 @@ def _salted(prompt: Any, stamp: str) -> dict[str, Any]:
 def _tag(sampling_params: Any, stamp: str, request_id: str) -> None:
     extra = dict(sampling_params.extra_args or {})
     params = dict(extra.get("kv_transfer_params") or {})
-    params |= {policy.TAG: stamp, events.REQUEST: request_id}
+    params |= {policy.TAG: stamp, policy.STAMPED_AT: time.time(), events.REQUEST: request_id}
     sampling_params.extra_args = {**extra, "kv_transfer_params": params}
 
 

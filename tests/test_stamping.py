@@ -89,6 +89,7 @@ def test_users_own_salt_stays_apart():
 def test_tag_keeps_what_was_there():
     params = SamplingParams(extra_args={"other": 1, "kv_transfer_params": {"a": 2}})
     _tag(params, "p", "r")
+    del params.extra_args["kv_transfer_params"][policy.STAMPED_AT]
     assert params.extra_args == {"other": 1, "kv_transfer_params": {"a": 2, policy.TAG: "p", events.REQUEST: "r"}}
 
 
