@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 from cachetools import LRUCache
+from verl.utils.tokenizer import normalize_token_ids
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare import lmcache_config
@@ -90,7 +91,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._state = {name: Server() for name in servers}
         self._computing: dict[Key, Leader] = {}
         self._stored: LRUCache = LRUCache(maxsize=REMEMBERED)  # Key -> names of servers that hold it themselves
-        self._placed: dict[str, Placed] = {}
+        self._placed: dict[tuple[str, str], list[Placed]] = {}  # by server and request id, in order
         self._pace = UNKNOWN
         self._tasks: dict[str, asyncio.Task] = {}
         self._watchers: set[asyncio.Task] = set()
@@ -105,17 +106,19 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     # -- verl's protocol ----------------------------------------------------------------------
 
-    async def acquire_server(self, request_id: str, prompt_ids: list[int] | None = None) -> tuple[str, Any]:  # type: ignore[override]
-        chunks = chunk_digests(list(prompt_ids or ()), self._chunk_size)
-        await self._hear_from_all()
+    async def acquire_server(self, request_id: str, prompt_ids: Any = None) -> tuple[str, Any]:  # type: ignore[override]
+        tokens = _token_ids(prompt_ids)
+        chunks = chunk_digests(tokens, self._chunk_size)
+        until = asyncio.get_running_loop().time() + self._hold_seconds
+        await self._hear_from_all(until)
         shares = len(self._servers) > 1 and len(chunks) * self._chunk_size > break_even(self._pace)
         if shares:
-            await self._hold(chunks)
+            await self._hold(chunks, until)
         if not self._servers:
             raise RuntimeError("No available servers in load balancer")
-        name, missing = self._choose(request_id, chunks, len(prompt_ids or ()))
+        name, missing = self._choose(request_id, chunks, len(tokens))
         placed = Placed(self._state[name], missing, self._pace["response"] or FIRST_RESPONSE)
-        self._placed[request_id] = placed
+        self._placed.setdefault((name, request_id), []).append(placed)
         self._inflight_requests[name] += 1
         placed.server.load += placed.prefill + placed.response
         if shares:
@@ -124,9 +127,12 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     def release_server(self, server_id: str, request_id: str | None = None) -> None:
         super().release_server(server_id, request_id)
-        placed = self._placed.pop(request_id or "", None)
-        if placed is None:
+        key = server_id, request_id or ""
+        if key not in self._placed:
             return
+        placed = self._placed[key].pop(0)
+        if not self._placed[key]:
+            del self._placed[key]
         placed.server.load -= placed.prefill + placed.response
         placed.prefill = 0.0
         if placed.leader and not placed.leader.outcome.done():
@@ -198,15 +204,14 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     # -- leading and holding ------------------------------------------------------------------
 
-    async def _hold(self, chunks: list[str]) -> None:
+    async def _hold(self, chunks: list[str], until: float) -> None:
         """Wait for whoever computes a part of this prompt; go at once when that comes to nothing."""
         clock = asyncio.get_running_loop().time
         began, held = clock(), False
         while leader := self._leader_of(chunks):
             self._counts.held += not held
             held = True
-            left = began + self._hold_seconds - clock()
-            done, _ = await asyncio.wait([leader.outcome], timeout=max(0.0, left))
+            done, _ = await asyncio.wait([leader.outcome], timeout=max(0.0, until - clock()))
             if not done:
                 self._counts.gave_up += 1
             if not done or not leader.outcome.result():
@@ -269,15 +274,18 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     # -- what servers tell --------------------------------------------------------------------
 
-    async def _hear_from_all(self) -> None:
+    async def _hear_from_all(self, until: float) -> None:
         """Follow each server's policy; the first time, wait for it."""
         for name in self._servers:
             if name not in self._tasks:
                 self._tasks[name] = asyncio.ensure_future(self._follow(name))
-        for server in [server for server in self._state.values() if not server.heard.is_set()]:
+        silent = [server for server in self._state.values() if not server.heard.is_set()]
+        if silent:
+            hearing = asyncio.gather(*(server.heard.wait() for server in silent))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(server.heard.wait(), self._hold_seconds)
-            server.heard.set()
+                await asyncio.wait_for(hearing, until - asyncio.get_running_loop().time())
+            for server in silent:
+                server.heard.set()
 
     async def _follow(self, name: str) -> None:
         handle, server = self._servers[name], self._state[name]
@@ -300,6 +308,13 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         task = asyncio.ensure_future(coroutine)
         self._watchers.add(task)
         task.add_done_callback(self._watchers.discard)
+
+
+def _token_ids(prompt_ids: Any) -> list[int]:
+    """In whatever verl's servers take them; mostly a list already, which need not be looked through."""
+    if prompt_ids is None or (isinstance(prompt_ids, list) and isinstance(next(iter(prompt_ids), 0), int)):
+        return prompt_ids or []
+    return normalize_token_ids(prompt_ids)
 
 
 def _chunk_size() -> int:

@@ -6,7 +6,9 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -274,3 +276,44 @@ def test_simulation_agrees_with_the_measured_run():
     found = {name: routing.run(routing.rollout(name, 2, 4, 4, 1200)) for name in routing.ROUTERS}
     assert found["verl"].amplification > 1.7
     assert found["kvshare"].amplification <= 1.1
+
+
+@pytest.mark.parametrize("silent", [1, 3])
+def test_no_request_waits_longer_than_that(silent):
+    """Neither for each server that says nothing, nor for them and then for a leader."""
+
+    async def test(router, servers):
+        for server in list(servers.values())[:silent]:
+            server.policy = ""  # what the router has when it has heard nothing
+        tasks = await arrive(router, *"ab")
+        await asyncio.sleep(6)
+        assert gone(tasks) == ["a", "b"]
+
+    scenario(test, servers=3, hold_seconds=5)
+
+
+@pytest.mark.parametrize("ids", [np.array(PROMPT), torch.tensor(PROMPT), np.array([PROMPT]), [np.int64(7)] * 1000])
+def test_prompt_in_what_verls_servers_take(ids):
+    """Whatever an agent loop's tokenizer returned; verl's own router does not look at it."""
+
+    async def test(router, servers):
+        tasks = await arrive(router, "a", prompt=PROMPT)
+        held = await arrive(router, "b", prompt=ids)
+        assert gone(held) == []
+        servers[tasks["a"].result()[0]].answer(True)
+        assert await held["b"]
+
+    scenario(test)
+
+
+def test_two_at_once_under_one_id():
+    """As an agent loop's that asks twice at once; each release is of one of them."""
+
+    async def test(router, servers):
+        tasks = [asyncio.ensure_future(router.acquire_server("a", PROMPT[:100])) for _ in range(2)]
+        for task in tasks:
+            router.release_server((await task)[0], "a")
+        assert not router._placed
+        assert all(server.load == pytest.approx(0) for server in router._state.values())
+
+    scenario(test)
