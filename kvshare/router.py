@@ -141,6 +141,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             self._ledger.write("routing", **self._counters())
 
     def add_servers(self, servers: dict[str, Any]) -> None:
+        self.remove_servers([name for name in servers if name in self._state])  # come back, it is another
         super().add_servers(servers)
         self._state |= {name: Server() for name in servers}
 

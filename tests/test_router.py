@@ -283,7 +283,7 @@ def test_no_request_waits_longer_than_that(silent):
     """Neither for each server that says nothing, nor for them and then for a leader."""
 
     async def test(router, servers):
-        for server in list(servers.values())[:silent]:
+        for server in list(servers.values())[-silent:]:
             server.policy = ""  # what the router has when it has heard nothing
         tasks = await arrive(router, *"ab")
         await asyncio.sleep(6)
@@ -315,5 +315,18 @@ def test_two_at_once_under_one_id():
             router.release_server((await task)[0], "a")
         assert not router._placed
         assert all(server.load == pytest.approx(0) for server in router._state.values())
+
+    scenario(test)
+
+
+def test_server_added_again_is_heard():
+    """As verl's trainers add hybrid replicas that may be there already, or came back at the same address."""
+
+    async def test(router, servers):
+        await arrive(router, "a")
+        router.add_servers({name: router._servers[name] for name in servers})
+        tasks = await arrive(router, *"bc", prompt=[8] * 1000)
+        assert gone(tasks) == ["b"]
+        assert router.get_status()["leaders"] == 2
 
     scenario(test)
