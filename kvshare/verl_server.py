@@ -234,3 +234,8 @@ class KVShareReplica(vLLMReplica):
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):  # their weights do not follow global_steps
             self.server_class = ray.remote(_server_class(RUN))
+
+    @property
+    def max_concurrency(self) -> int:
+        """Calls at once: beside each request the router may wait for its prefix."""
+        return 2 * super().max_concurrency

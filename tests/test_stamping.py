@@ -1,15 +1,17 @@
 """What each request carries to the engine: real verl and vLLM classes, no process."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
+from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from kvshare import events, policy, verl_server
 from kvshare.prefixes import StoredPrefixes
 from kvshare.rates import Rates
-from kvshare.verl_server import KVShareServer, _salted, _server_class, _tag
+from kvshare.verl_server import KVShareReplica, KVShareServer, _salted, _server_class, _tag
 
 
 @pytest.fixture
@@ -116,3 +118,10 @@ def test_adapter_is_part_of_the_policy(server):
 class _Anything:
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
+
+
+def test_server_takes_a_wait_beside_each_request():
+    """Else requests that vLLM has room for stand behind the router's waiting for those that run."""
+    replica = KVShareReplica.__new__(KVShareReplica)
+    replica.config = SimpleNamespace(max_num_seqs=1024)
+    assert replica.max_concurrency >= 2 * 1024 + CONTROL_METHOD_CONCURRENCY

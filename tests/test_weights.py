@@ -29,6 +29,14 @@ def test_checkpoint_written_over_another_is_another(model):
     assert fingerprint(str(model), None, time.time() + 1) != before
 
 
+def test_files_of_one_time_are_told_apart(model):
+    """Container images are often built with the same time for all files."""
+    before = fingerprint(str(model), None, time.time())
+    (model / "model.safetensors").write_bytes(b"WEIGHTS")
+    os.utime(model / "model.safetensors", (1000, 1000))
+    assert fingerprint(str(model), None, time.time()) != before
+
+
 def test_files_that_changed_while_the_engine_started_tell_nothing(model):
     (model / "model.safetensors").touch()
     assert fingerprint(str(model), None, time.time() - 60) is None
