@@ -45,9 +45,8 @@ def test_common_beginning_is_stored_once_and_shared_between_prompts():
     assert found.local_tokens_a_step == 6 * 512
 
 
-@pytest.mark.parametrize(("replicas", "samples"), [(2, 4), (2, 8), (4, 8), (8, 16)])
-def test_as_the_router_places_them(replicas, samples, monkeypatch):
-    """In benchmarks/routing.py's simulation."""
+def loads(replicas, samples, monkeypatch) -> tuple[float, float]:
+    """Of a chunk: in benchmarks/routing.py's simulation, and as predicted."""
     loaded = []
     seen = routing.Rates.loaded
     monkeypatch.setattr(
@@ -57,7 +56,21 @@ def test_as_the_router_places_them(replicas, samples, monkeypatch):
     routing.run(routing.rollout("kvshare", replicas, samples, prompts, 2048))
     step = [prompt(2048, seed) for seed in range(1, prompts + 1)]
     predicted = forecast([step], recipe(replicas, samples), of=prompts).shareable_tokens_a_step
-    assert sum(loaded) == pytest.approx(predicted, rel=0.1)
+    return sum(loaded) / (prompts * 2048), predicted / (prompts * 2048)
+
+
+@pytest.mark.parametrize(("replicas", "samples"), [(2, 4), (2, 8), (4, 8), (8, 16)])
+def test_as_the_router_places_them(replicas, samples, monkeypatch):
+    simulated, predicted = loads(replicas, samples, monkeypatch)
+    assert simulated == pytest.approx(predicted, rel=0.1)
+
+
+@pytest.mark.parametrize(("replicas", "samples"), [(2, 2), (4, 4), (8, 8)])
+def test_upper_bound(replicas, samples, monkeypatch):
+    """With no more answers than replicas two may be placed on one."""
+    simulated, predicted = loads(replicas, samples, monkeypatch)
+    print(f"\n{samples} answers on {replicas} replicas: {simulated:.2f} loads of a chunk, {predicted:.0f} predicted")
+    assert simulated <= predicted
 
 
 @given(
