@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p install test test-npu freshness routing faults p2p forecast wheel lint lock clean
+.PHONY: demo demo-p2p demo-mp install test test-npu freshness routing faults p2p forecast wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -11,6 +11,9 @@ demo: install
 
 demo-p2p: install
 	$(BIN)/kvshare demo --backend p2p --run outputs/demo-p2p
+
+demo-mp: install
+	$(BIN)/kvshare demo --backend mp --run outputs/demo-mp
 
 install: .venv/installed
 
@@ -30,10 +33,12 @@ install: .venv/installed
 
 test: .venv/dev
 	$(BIN)/pytest
+	$(BIN)/pytest --backend mp tests/test_engines.py tests/test_faults.py -k "not (staleness or stopped or restarted)"
 
 # The A/B of docs/freshness.md under verl, about 20 minutes.
 freshness: .venv/dev
 	$(BIN)/pytest -s tests/freshness.py
+	$(BIN)/pytest -s --backend mp tests/test_engines.py tests/test_freshness.py tests/test_training.py
 
 # verl's own routing against ours under verl, and the tables of docs/routing.md by simulation.
 routing: .venv/dev
@@ -43,6 +48,7 @@ routing: .venv/dev
 # Faults on live engines, and a server that dies and comes back under verl: docs/reliability.md.
 faults: .venv/dev
 	$(BIN)/pytest -s tests/test_faults.py tests/test_server.py tests/faults.py
+	$(BIN)/pytest -s --backend mp tests/test_faults.py
 
 # The forecast against what runs under verl measured, about 15 minutes.
 forecast: .venv/dev

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvshare import services
+from kvshare import lmcache_config, services
 
 Ports = dict[str, int]
 Exports = dict[str, str]
@@ -45,6 +46,22 @@ def _controller(listen: str, ports: Ports, folder: Path) -> list[str]:
     return [*command, "--monitor-ports", json.dumps(monitor)]
 
 
+def _mp_server(listen: str, ports: Ports, folder: Path) -> list[str]:
+    """It reads no config file: its arguments are what the launchers' says."""
+    launchers = Path(__file__).resolve().parent.parent / "config" / "mp_backend_config.yaml"
+    file = os.environ.get("LMCACHE_CONFIG_FILE") or (str(launchers) if launchers.exists() else None)
+    settings = lmcache_config.read(file) if file else {}
+    # Not by LMCache, which takes ten seconds to import; its defaults.
+    chunk_size = os.environ.get("LMCACHE_CHUNK_SIZE", settings.get("chunk_size", 256))
+    memory = os.environ.get("LMCACHE_MAX_LOCAL_CPU_SIZE", settings.get("max_local_cpu_size", 5))
+    command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", listen, "--port", str(ports["server"])]
+    command += ["--chunk-size", str(chunk_size), "--l1-size-gb", str(memory)]
+    command += ["--eviction-policy", "LRU"]  # KV of old policies is asked for by nobody, so it goes first
+    # Both ways to move KV: the default is for GPUs only, and leaves an engine on CPU waiting to be registered.
+    command += ["--supported-transfer-mode", "auto"]
+    return [*command, "--http-host", "127.0.0.1", "--http-port", str(ports["http"]), "--disable-metrics"]
+
+
 BACKENDS = {
     "remote": Backend(
         "kvshare server",  # not lmcache_server: what runs unwatched must not grow without end
@@ -67,6 +84,13 @@ BACKENDS = {
         lambda exports: services.check_controller(
             exports["LMCACHE_CONTROLLER_PULL_URL"], exports["LMCACHE_CONTROLLER_REPLY_URL"]
         ),
+    ),
+    "mp": Backend(
+        "lmcache server",
+        {"server": 5555, "http": 8080},
+        _mp_server,
+        lambda host, ports, folder: {"LMCACHE_REMOTE_URL": f"tcp://{host}:{ports['server']}"},
+        lambda exports: services.check_mp_server(exports["LMCACHE_REMOTE_URL"])[0],
     ),
 }
 

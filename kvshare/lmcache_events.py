@@ -6,7 +6,7 @@ cannot tell another replica's KV from one's own. These events can, because they 
 * ``ready``: the LMCache engine of this worker is up (in degraded mode it never comes);
 * ``store``: the keys a request's KV goes under;
 * ``stored``: all of them have arrived, and with P2P the controller knows, ``seconds`` after store() returned: from
-  here on others find the request's first ``end`` tokens;
+  here on others find the request's first ``end`` tokens; 0 if that is known to have failed;
 * ``load``: the keys that were loaded into vLLM, the tokens that arrived, those expected, the ``seconds`` it took.
 """
 

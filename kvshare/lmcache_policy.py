@@ -33,6 +33,17 @@ class EnginePolicy:
         started = psutil.Process().create_time()
         self.unstamped = weights.fingerprint(model_config.model, model_config.revision, started) or self.own
 
+    def policy_of(self, request: Any) -> str:
+        """The policy of a request that is to be scheduled: what it was stamped with, or this engine's."""
+        stamp, stamped_at = _stamped(request)
+        if stamped_at < self.reset_at:
+            return policy.private_policy()  # Whatever its stamp says, it was for weights that are gone.
+        if request.prompt_embeds is not None:
+            return policy.private_policy()  # LMCache keys on token ids, and embeddings have none.
+        if not stamp and request.lora_request is not None:
+            return _with_adapter(self.own, request.lora_request)
+        return stamp or self.unstamped
+
     def reset(self) -> None:
         self.own = self.unstamped = policy.private_policy()
         self.reset_at = time.time()
@@ -79,25 +90,21 @@ def _init(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> None:
 
 
 def _stamp(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    """Called again for as long as the request waits: stamp it once, and once more after each reset."""
     request = args[0] if args else kwargs["request"]
-    if request.sampling_params is not None:
-        stamp, stamped_at = _stamped(request)
-        if stamped_at < engine.reset_at and not policy.is_private(stamp):
-            # It was stamped for weights that are gone.
-            _set_policy(request.sampling_params, policy.private_policy())
-            if instance.lookup_client is not None:
-                instance.lookup_client.clear_lookup_status(request.request_id)
-        elif request.prompt_embeds is not None:
-            # LMCache keys on token ids, and embeddings have none.
-            _set_policy(request.sampling_params, policy.private_policy())
-        elif not stamp and request.lora_request is not None:
-            _set_policy(request.sampling_params, _with_adapter(engine.own, request.lora_request))
+    seen = getattr(request, "kvshare_reset", None)
+    if request.sampling_params is not None and seen != engine.reset_at:
+        request.kvshare_reset = engine.reset_at
+        _set_policy(request.sampling_params, engine.policy_of(request))
+        if seen is not None and instance.lookup_client is not None:
+            instance.lookup_client.clear_lookup_status(request.request_id)
     return wrapped(*args, **kwargs)
 
 
 def _stamped(request: Any) -> tuple[str, float]:
     """The policy a request carries, and since when; the time of its arrival if nobody stamped it."""
-    params = (request.sampling_params.extra_args or {}).get("kv_transfer_params") or {}
+    extra = getattr(request.sampling_params, "extra_args", None) or {}  # pooling requests have no sampling parameters
+    params = extra.get("kv_transfer_params") or {}
     at = params.get(policy.STAMPED_AT)
     return str(params.get(policy.TAG, "")), at if isinstance(at, float) else request.arrival_time
 

@@ -60,6 +60,17 @@ def fold(chunk_hash: int, policy: str) -> int:
     return int.from_bytes(digest, "big")
 
 
+def salt(policy: str, cache_salt: str) -> str:
+    """vLLM's ``cache_salt`` under a policy, in what LMCache's multi-process server allows: 128 characters, no ``@/\\``.
+
+    Args:
+        policy: policy id.
+        cache_salt: the request's own; the empty string is none.
+    """
+    digest = hashlib.sha256(repr((policy, cache_salt)).encode()).hexdigest()[:16]
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', policy)[:64]}-{digest}"
+
+
 def key_model_name(name: str) -> str:
     """The model name to put into a cache key: ``name`` itself, or a short stand-in for it.
 

@@ -69,10 +69,12 @@ class StoredPrefixes:
             prefill.storing += 1
 
     def stored(self, request: str, end: int) -> None:
-        """One store() has arrived, with the request's tokens up to ``end``."""
+        """One store() has arrived, with the request's tokens up to ``end``; 0: it never will."""
         if prefill := self._prefills.get(request):
             prefill.storing -= 1
-            if end >= prefill.tokens and not prefill.storing:
+            if not end:
+                self._resolve(prefill.key, False)
+            elif end >= prefill.tokens and not prefill.storing:
                 self._resolve(prefill.key, True)
             self._forget_if_over(request, prefill)
 

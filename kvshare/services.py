@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
+import msgspec
 import psutil
+import zmq
 
 from kvshare.errors import UserError
 from kvshare.server import HEALTH, REPLY, REQUEST, SUCCESS
@@ -31,6 +33,10 @@ SERVER_STATUS = "KVSHARE_SERVER_STATUS"
 
 HEALTH_REQUEST = REQUEST.pack(HEALTH, 0, 1, 2, 0, 0, 0, 0, 0, b"kvshare@1@0@0@half".ljust(150))
 """Asks an ``lm://`` server whether it is well; not made by LMCache, which takes ten seconds to import."""
+
+ZMTP = b"\xff"  # first byte of a ZMTP greeting, RFC 23
+GET_CHUNK_SIZE = 21
+"""Number of the operation in LMCache's multi-process protocol, which it keeps (transport/zmq_impl/wire.py)."""
 
 TIMEOUT = 3.0  # seconds; these are local or one hop away
 START_SECONDS = 120  # importing LMCache alone takes ten on a slow machine
@@ -95,7 +101,7 @@ def check_controller(pull_url: str, reply_url: str) -> str:
     )
     for name, (host, port) in ports.items():
         greeting = _exchange(host, port, b"", 1, f"lmcache_controller's {name} port {host}:{port}", start)
-        if greeting != b"\xff":  # first byte of a ZMTP greeting, RFC 23
+        if greeting != ZMTP:
             raise UserError(
                 f"{host}:{port} is taken by something that is not lmcache_controller: "
                 f"stop it, or choose another port in controller_{name}_url and {start}"
@@ -108,18 +114,43 @@ def check_controller(pull_url: str, reply_url: str) -> str:
     return f"{host}:{pull} and {reply}"
 
 
+def check_mp_server(url: str) -> tuple[str, int]:
+    """Ask LMCache's multi-process server at ``tcp://host:port`` for its chunk size; returns "host:port" and the tokens.
+
+    Raises:
+        UserError: bad URL, nobody there, or somebody else.
+    """
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    if not url.startswith("tcp://") or not host or not port.isdecimal():
+        raise UserError(f"remote_url {url!r} is not tcp://HOST:PORT: correct it in the LMCache config")
+    start = "start it with: kvshare services up --backend mp"
+    greeting = _exchange(host, int(port), b"", 1, f"lmcache server at {host}:{port}", start)
+    number, operation = msgspec.msgpack.encode(0), msgspec.msgpack.encode(GET_CHUNK_SIZE)
+    reply = _ask(zmq.DEALER, host, int(port), number, operation) if greeting == ZMTP else []
+    try:
+        chunk_size = msgspec.msgpack.decode(reply[2], type=int)
+    except (IndexError, msgspec.MsgspecError):
+        raise UserError(
+            f"{host}:{port} does not answer as lmcache server does, it hangs or something else has the port: "
+            f"end it, or choose another port in remote_url, and {start}"
+        ) from None
+    return f"{host}:{port}", chunk_size
+
+
 def _looks_up(host: str, port: int) -> bool:
     """Whether a P2P lookup of nothing is answered as lmcache_controller answers it."""
-    import msgspec
-    import zmq
-
     ask = {"type": "BatchedP2PLookupMsg", "hashes": [], "instance_id": "kvshare", "worker_id": 0}
-    socket: zmq.Socket = zmq.Context.instance().socket(zmq.REQ)
-    with socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(f"tcp://{host}:{port}")
-        socket.send(msgspec.msgpack.encode(ask))
-        return bool(socket.poll(int(TIMEOUT * 1000))) and b"BatchedP2PLookupRetMsg" in socket.recv()
+    return b"BatchedP2PLookupRetMsg" in b"".join(_ask(zmq.REQ, host, port, msgspec.msgpack.encode(ask)))
+
+
+def _ask(kind: int, host: str, port: int, *frames: bytes) -> list[bytes]:
+    """The reply to a zmq message; empty if none comes."""
+    s: zmq.Socket = zmq.Context.instance().socket(kind)
+    with s:
+        s.setsockopt(zmq.LINGER, 0)
+        s.connect(f"tcp://{host}:{port}")
+        s.send_multipart(frames)
+        return s.recv_multipart() if s.poll(int(TIMEOUT * 1000)) else []
 
 
 def exposed(ports: set[int]) -> list[tuple[str, int]]:

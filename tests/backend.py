@@ -1,4 +1,4 @@
-"""A real, bounded server behind a proxy that can misbehave in each way a server or a network can."""
+"""What engines share through in tests: a real, bounded server that can be killed, stopped and started again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from kvshare import services
+from kvshare import backends, services
 from kvshare.errors import UserError
 from kvshare.processes import Processes
 
 HEADER, REPLY = struct.Struct("9i150s"), struct.Struct("9i")
 PUT, GET = 1, 2
 BOUND = 300_000_000  # bytes
+CONFIG = Path(__file__).resolve().parent.parent / "config"
 
 
 class Backend:
-    """``does`` says how: serve, refuse, hang, slow, drop once (then slow), truncate, flip, or vanish (found, but gone
-    when loaded)."""
+    """A server process on a port of its own.
+
+    ``does`` says how a proxy before it behaves, if the backend has one: serve, refuse, hang, slow, drop once (then
+    slow), truncate, flip, or vanish (found, but gone when loaded).
+    """
+
+    connector: str  # vLLM's name for it
+    faults: tuple[str, ...] = ()  # that ``does`` knows
+    local_tier = True  # LMCache keeps KV in the engine's processes, too
 
     def __init__(self, processes: Processes, log: Path) -> None:
         self.does = "serve"
@@ -31,29 +40,74 @@ class Backend:
         self._processes, self._log = processes, log
         self._port = services.free_port()
         self.start()
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For engines."""
+        raise NotImplementedError
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self._port)]
-        command += ["--memory", str(BOUND / 2**30)]
-        self.process = self._processes.start(command, self._log)
+        self.process = self._processes.start(self._command(), self._log)
         while True:
             assert self.process.poll() is None, self._log.read_text()
             with contextlib.suppress(UserError):
-                services.check_lmcache_server(f"lm://127.0.0.1:{self._port}")
+                self.check()
                 return
             time.sleep(0.2)
 
     def kill(self) -> None:
         self._processes.kill(self.process)
 
+    def restart(self) -> None:
+        """So fast that no engine need notice."""
+        self.kill()
+        self.start()
+
     def stop(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def absent(self) -> Iterator[None]:
+        """Not there, as far as engines can see."""
+        self.kill()
+        yield
+        self.start()
+
+
+class Remote(Backend):
+    """``kvshare server`` behind a proxy that can misbehave in each way a server or a network can."""
+
+    connector = "LMCacheConnectorV1"
+    faults = ("refuse", "hang", "slow", "truncate", "flip", "vanish")
+
+    def __init__(self, processes: Processes, log: Path) -> None:
+        super().__init__(processes, log)
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "LMCACHE_CONFIG_FILE": str(CONFIG / "remote_backend_config.yaml"),
+            "LMCACHE_REMOTE_URL": f"lm://{self.address}",
+        }
+
+    @contextlib.contextmanager
+    def absent(self) -> Iterator[None]:
+        self.does = "refuse"
+        yield
+        self.does = "serve"
+
+    def _command(self) -> list[str]:
+        command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self._port)]
+        return [*command, "--memory", str(BOUND / 2**30)]
+
+    def check(self) -> None:
+        services.check_lmcache_server(f"lm://127.0.0.1:{self._port}")
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -96,6 +150,31 @@ class Backend:
             client.sendall(reply + data[: len(data) // 2])
             raise EOFError
         client.sendall(reply + data)
+
+
+class MP(Backend):
+    """``lmcache server``, without a proxy."""
+
+    connector = "LMCacheMPConnector"
+    local_tier = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"LMCACHE_CONFIG_FILE": str(CONFIG / "mp_backend_config.yaml"), "LMCACHE_REMOTE_URL": self._url}
+
+    @property
+    def _url(self) -> str:
+        return f"tcp://127.0.0.1:{self._port}"
+
+    def _command(self) -> list[str]:
+        command = backends.BACKENDS["mp"].command("127.0.0.1", {"server": self._port, "http": 0}, self._log.parent)
+        return [*command, "--l1-size-gb", str(BOUND / 2**30)]
+
+    def check(self) -> None:
+        services.check_mp_server(self._url)
+
+
+BACKENDS = {"remote": Remote, "mp": MP}
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

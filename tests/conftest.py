@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from backend import Backend
+from backend import BACKENDS, Backend
 from engines import Engine
 from oracle import Weights
 
@@ -22,6 +22,10 @@ LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))
 
 os.environ.update(QUIET, LMCACHE_LOG_LEVEL="WARNING")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # scripts find this Python
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", default="remote", choices=BACKENDS, help="What live engines share through.")
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +64,9 @@ def weights(model, tmp_path_factory) -> Weights:
 
 
 @pytest.fixture(scope="session")
-def backend(processes, tmp_path_factory) -> Backend:
+def backend(request, processes, tmp_path_factory) -> Backend:
     """What the engines share through; it can be made to fail."""
-    return Backend(processes, tmp_path_factory.mktemp("backend") / "log")
+    return BACKENDS[request.config.getoption("backend")](processes, tmp_path_factory.mktemp("backend") / "log")
 
 
 @pytest.fixture(scope="session")
@@ -71,11 +75,10 @@ def start_engine(processes, backend, weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     # A path that lmcache_server's own key format could not carry: with @, and too long.
     model = weights.make(0, folder / "qwen@tiny" / ("long-" * 20))
-    config = str(ROOT / "config" / "remote_backend_config.yaml")
-    environment = {"LMCACHE_CONFIG_FILE": config, "LMCACHE_REMOTE_URL": f"lm://{backend.address}"}
 
     def start(rank: int, name: str, **more: str) -> Engine:
-        return Engine(processes, rank, model, folder / f"{name}.log", environment | more)
+        environment = backend.environment | more
+        return Engine(processes, rank, model, folder / f"{name}.log", environment, connector=backend.connector)
 
     start.model = model
     return start
@@ -84,7 +87,8 @@ def start_engine(processes, backend, weights, tmp_path_factory):
 @pytest.fixture(scope="session")
 def engines(start_engine, backend) -> list[Engine]:
     """Two replicas, with vLLM's own prefix cache on. Their server is not there when they start."""
-    backend.does = "refuse"
-    started = [engine.wait() for engine in [start_engine(0, "0"), start_engine(1, "1")]]
-    backend.does = "serve"
+    with backend.absent():
+        started = [engine.wait() for engine in [start_engine(0, "0"), start_engine(1, "1")]]
+    for engine in started:
+        engine.wait_until(engine.ready)
     return started

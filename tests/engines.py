@@ -18,14 +18,13 @@ import zmq
 from kvshare import events, policy, services
 from kvshare.processes import Processes
 
-CONNECTOR = {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
-
 
 @dataclass
 class Answer:
     tokens: list[str]
     logprobs: list[float]
     cached: int  # prompt tokens vLLM did not compute: its own prefix cache's and the connector's
+    seconds: float
 
 
 class Engine:
@@ -36,6 +35,7 @@ class Engine:
         environment: on top of the tests' own.
         host: address it listens on.
         inside: command to run it with, e.g. in another network namespace.
+        connector: vLLM's name for it.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Engine:
         environment: dict[str, str],
         host: str = "127.0.0.1",
         inside: tuple[str, ...] = (),
+        connector: str = "LMCacheConnectorV1",
     ) -> None:
         self.events: list[dict[str, Any]] = []
         self._rank = rank
@@ -59,7 +60,8 @@ class Engine:
         command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
         command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
-        command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
+        transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+        command += ["--kv-transfer-config", json.dumps(transfer)]
         settings = {
             "PYTHONHASHSEED": "0",
             "VLLM_SERVER_DEV_MODE": "1",  # serves /reset_prefix_cache
@@ -86,12 +88,17 @@ class Engine:
                 assert self._process.poll() is None, self.log.read_text()[-3000:]
                 time.sleep(0.5)
 
-    def ask(self, prompt: list[int], stamp: str | None = None, tokens: int = 8) -> Answer:
+    def ready(self) -> bool:
+        """Whether LMCache is, in its worker."""
+        return any(event["op"] == "ready" for event in self.events)
+
+    def ask(self, prompt: list[int], stamp: str | None = None, tokens: int = 8, stamped: float | None = None) -> Answer:
         """Returns when the prompt's KV has been stored, if it will be.
 
         Args:
             prompt: token ids.
             stamp: policy id, given to LMCache and vLLM as the rollout server does it.
+            stamped: Unix time at which it was; now.
         """
         request = uuid4().hex
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
@@ -99,11 +106,14 @@ class Engine:
         params = {events.REQUEST: request}
         if stamp:
             params[policy.TAG] = body["cache_salt"] = stamp
+            params[policy.STAMPED_AT] = stamped or time.time()
+        began = time.monotonic()
         answer = self._post("/v1/completions", {**body, "kv_transfer_params": params})
+        seconds = time.monotonic() - began
         self._settle(request)
         logprobs = answer["choices"][0]["logprobs"]
         details = answer["usage"].get("prompt_tokens_details") or {}
-        return Answer(logprobs["tokens"], logprobs["token_logprobs"], details.get("cached_tokens") or 0)
+        return Answer(logprobs["tokens"], logprobs["token_logprobs"], details.get("cached_tokens") or 0, seconds)
 
     def hits(self, since: int) -> int:
         """Tokens loaded since ``since = len(engine.events)``."""

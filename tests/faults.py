@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
-from backend import BOUND, Backend
+from backend import BOUND, Remote
 from conftest import CHUNK
 
 from kvshare.demo import Demo, failures
@@ -33,7 +33,7 @@ def test_soak(engines, backend):
 
 
 def test_server_is_killed_in_step_2_and_back_in_step_3(processes, tmp_path, monkeypatch):
-    backend = Backend(processes, tmp_path / "server.log")
+    backend = Remote(processes, tmp_path / "server.log")
     monkeypatch.setenv("LMCACHE_REMOTE_URL", f"lm://{backend.address}")
     monkeypatch.setenv("START_SERVICES", "0")
     demo = Demo(tmp_path / "run", [f"trainer.total_epochs={STEPS}", f"trainer.total_training_steps={STEPS}"])

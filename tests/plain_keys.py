@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
-PLUGIN = "def register():\n    import kvshare.policy as p\n    p.fold = lambda chunk_hash, policy: chunk_hash\n"
+PLUGIN = """
+def register():
+    import kvshare.policy as p
+    p.fold = lambda chunk_hash, policy: chunk_hash
+    p.salt = lambda policy, cache_salt: ""
+"""
 
 
 def plugin_path(folder: Path) -> str:

@@ -1,6 +1,7 @@
-"""Real vLLM processes sharing through a real lmcache_server."""
+"""Real vLLM processes sharing through a real server: kvshare's, or LMCache's multi-process one (--backend mp)."""
 
 import random
+import statistics
 
 import pytest
 from conftest import CHUNK
@@ -34,6 +35,19 @@ def test_second_engine_reads_what_the_first_computed(engines, prompt):
     assert result["replica"][1]["shared_hit"] == WHOLE
     assert result["prefill_amplification"] == 1.0
     assert result["tokens"]["stale_hit"] == 0
+
+
+def test_time_to_compute_and_to_load(engines, backend):
+    """The numbers of docs/backends.md: pytest -s."""
+    seconds = {"computed": [], "loaded from the other engine": []}
+    whole = 13 * CHUNK
+    for _ in range(5):
+        prompt = [random.randrange(300, 1500) for _ in range(whole + 1)]
+        start = len(engines[1].events)
+        for engine, case in zip(engines, seconds, strict=True):
+            seconds[case].append(engine.ask(prompt, "run-1", tokens=1).seconds)
+        assert engines[1].hits(start) == whole
+    print(f"\n{backend.connector}, {whole} tokens:", {k: round(statistics.median(v), 3) for k, v in seconds.items()})
 
 
 def test_another_policy_finds_nothing(engines, prompt):

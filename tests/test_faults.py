@@ -4,13 +4,19 @@ import random
 import time
 
 import pytest
+from backend import BACKENDS
 from conftest import CHUNK
 
 from kvshare import policy
 
 HITS = 4 * CHUNK
-PROXY = ["refuse", "hang", "slow", "truncate", "flip", "vanish"]
-SERVER = {"killed": ("kill", "start"), "stopped": ("stop", "resume")}
+SERVER = {"killed": ("kill", "start"), "stopped": ("stop", "resume"), "restarted": ("restart", "check")}
+
+
+def pytest_generate_tests(metafunc):
+    if "fault" in metafunc.fixturenames:
+        of_proxy = BACKENDS[metafunc.config.getoption("backend")].faults
+        metafunc.parametrize("fault", [*of_proxy, *SERVER], indirect=True)
 
 
 def prompt():
@@ -39,7 +45,6 @@ def shares(engines):
     return engines[1].hits(start) == HITS
 
 
-@pytest.mark.parametrize("fault", [*PROXY, *SERVER], indirect=True)
 def test_fault(engines, weights, fault):
     name, begin, end = fault
     first, second = engines

@@ -35,15 +35,20 @@ def compose(launcher: str, **environment: str):
     return job.config
 
 
-def test_there_are_six():
-    kinds = [f"run_qwen_{b}_backend{d}.sh" for b in ("p2p", "remote") for d in ("", "_cpu", "_npu")]
+def backend_of(launcher: str) -> str:
+    return launcher.split("_")[2]
+
+
+def test_there_are_eight():
+    kinds = [f"run_qwen_{b}_backend{d}.sh" for b in ("p2p", "remote", "mp") for d in ("", "_cpu", "_npu")]
+    kinds.remove("run_qwen_mp_backend_npu.sh")  # LMCache-Ascend has no multi-process server: docs/backends.md
     assert sorted(kinds) == LAUNCHERS
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_environment_and_command(launcher, tmp_path):
     environment, command = dry_run(launcher, KVSHARE_RUN_DIR="/run")
-    backend = "p2p" if "p2p" in launcher else "remote"
+    backend = backend_of(launcher)
     config = str(ROOT / "config" / f"{backend}_backend_config.yaml")
     assert environment["LMCache_CONFIG_FILE"] == environment["LMCACHE_CONFIG_FILE"] == config
     assert environment["PYTHONHASHSEED"] == "0"
@@ -98,13 +103,15 @@ def test_vllm_parses_the_connector(launcher):
     parsed = parser.parse_args(["--kv-transfer-config", text]).kv_transfer_config
     assert parsed.kv_role == "kv_both"
     assert parsed.kv_load_failure_policy == "recompute"
-    assert parsed.kv_connector == ("LMCacheAscendConnectorV1Dynamic" if "npu" in launcher else "LMCacheConnectorV1")
+    connectors = {"npu": "LMCacheAscendConnectorV1Dynamic", "mp": "LMCacheMPConnector"}
+    kind = "npu" if "npu" in launcher else backend_of(launcher)
+    assert parsed.kv_connector == connectors.get(kind, "LMCacheConnectorV1")
     if "npu" in launcher:
         module = "lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1"
         assert json.loads(text)["kv_connector_module_path"] == module
 
 
-@pytest.mark.parametrize("backend", ["remote", "p2p"])
+@pytest.mark.parametrize("backend", ["remote", "p2p", "mp"])
 def test_lmcache_loads_the_config(backend, capfd, monkeypatch):
     from lmcache.v1.config import load_engine_config_with_overrides
 
@@ -113,6 +120,8 @@ def test_lmcache_loads_the_config(backend, capfd, monkeypatch):
     assert config.chunk_size == 256
     if backend == "remote":
         assert (config.remote_url, config.remote_serde, config.local_cpu) == ("lm://localhost:65432", "naive", True)
+    elif backend == "mp":
+        assert (config.remote_url, config.max_local_cpu_size) == ("tcp://localhost:5555", 20)
     else:
         assert config.p2p_init_ports == list(range(9960, 9968))
         assert config.extra_config == {"lookup_backoff_time": 0.001}

@@ -64,3 +64,16 @@ def test_every_model_name_fits_into_an_lm_key(name, chunk, run):
 def test_two_model_names_stay_two(one, other):
     assume(one != other)
     assert policy.key_model_name(one) != policy.key_model_name(other)
+
+
+@given(st.text(), st.text(), st.text(), st.text())
+def test_two_policies_never_share_a_salt(one, other, salt, another):
+    assume((one, salt) != (other, another))
+    assert policy.salt(one, salt) != policy.salt(other, another)
+
+
+@given(st.text(), st.text())
+def test_every_salt_is_one_that_lmcache_takes(name, salt):
+    from lmcache.v1.distributed.api import ObjectKey
+
+    ObjectKey(b"", "model", 0, cache_salt=policy.salt(name, salt))

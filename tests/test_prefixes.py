@@ -37,6 +37,7 @@ STORED = [("storing", "r"), ("stored", "r", 512)]
         ([("first_token", "r", 256)], False),
         ([("ended", "r")], False),
         ([("storing", "r"), ("ended", "r"), ("stored", "r", 512)], True),  # a short answer, a slow store
+        ([("storing", "r"), ("stored", "r", 0)], False),  # it failed; the answer goes on
         ([("give_up",)], False),
         ([], False),
     ],

@@ -11,10 +11,12 @@ import zmq
 from conftest import ROOT
 
 from kvshare import gsm8k, lmcache_config, policy, preflight, services, versions
+from kvshare.backends import BACKENDS
 from kvshare.preflight import environment as environment_check
 from kvshare.preflight import packages, prompts, recipe
 
 REMOTE = ROOT / "config" / "remote_backend_config.yaml"
+MP = ROOT / "config" / "mp_backend_config.yaml"
 P2P = ROOT / "config" / "p2p_backend_config.yaml"
 
 
@@ -313,6 +315,37 @@ def test_graphs_are_off(job):
     assert list(recipe.graphs(_composed(job, "cuda", on))) == []
     (line,) = recipe.graphs(_composed(job, "cuda", off))
     assert line.startswith("actor_rollout_ref.rollout.enforce_eager=true turns graphs off")
+
+
+@pytest.fixture
+def mp_server(processes, tmp_path):
+    """A real lmcache server, started as kvshare services does."""
+    port = services.free_port()
+    needs = BACKENDS["mp"]
+    command = [*needs.command("127.0.0.1", {"server": port, "http": 0}, tmp_path), "--l1-size-gb", "0.1"]
+    exports = needs.exports("127.0.0.1", {"server": port}, tmp_path)
+    process = processes.start(command, tmp_path / "log")
+    services.wait_healthy("lmcache server", process, lambda: needs.check(exports), tmp_path / "log")
+    yield exports["LMCACHE_REMOTE_URL"]
+    processes.kill(process)
+
+
+def test_mp(job, environment, mp_server):
+    environment.setenv("LMCACHE_CONFIG_FILE", str(MP))
+    environment.setenv("LMCACHE_REMOTE_URL", mp_server)
+    connector = "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config"
+    right = json.dumps({"kv_connector": "LMCacheMPConnector", "kv_load_failure_policy": "recompute"})
+    good = job(f"{connector}='{right}'", backend="mp")
+    assert errors(good) == []
+    assert good.facts["service"] == f"lmcache server at {mp_server.removeprefix('tcp://')}"
+    (error,) = errors(job(backend="mp"))
+    assert error == "kv_connector LMCacheConnectorV1 is not that of the mp backend: run another launcher"
+    environment.setenv("LMCACHE_CHUNK_SIZE", "128")
+    (error,) = errors(job(f"{connector}='{right}'", backend="mp"))
+    assert "has chunks of 256 tokens, chunk_size is 128" in error
+    environment.setenv("LMCACHE_REMOTE_URL", f"tcp://127.0.0.1:{services.free_port()}")
+    (error,) = errors(job(f"{connector}='{right}'", backend="mp"))
+    assert "start it with: kvshare services up --backend mp" in error
 
 
 def test_fewer_devices_than_asked(job):

@@ -10,9 +10,11 @@ import sys
 
 import psutil
 import pytest
+import zmq
 
 from kvshare import background, services
 from kvshare.backends import BACKENDS
+from kvshare.errors import UserError
 from kvshare.processes import marked
 
 
@@ -122,3 +124,40 @@ def test_health_request_is_what_lmcache_would_send():
     shape = torch.Size([0, 0, 0, 0])
     message = ClientMetaMessage(ClientCommand.HEALTH, key, 0, MemoryFormat(1), torch.float16, shape)
     assert message.serialize() == services.HEALTH_REQUEST
+
+
+def test_mp_server_is_started_with_what_the_config_says(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("chunk_size: 512\nmax_local_cpu_size: 3\n")
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "mine.yaml"))
+    monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "0.5")
+    command = BACKENDS["mp"].command("127.0.0.1", {"server": 1, "http": 2}, tmp_path)
+    assert command[command.index("--chunk-size") + 1] == "512"
+    assert command[command.index("--l1-size-gb") + 1] == "0.5"
+
+
+def test_get_chunk_size_is_what_lmcache_calls_it():
+    from lmcache.v1.multiprocess.transport.zmq_impl.wire import LEGACY_OPERATION_IDS
+
+    assert LEGACY_OPERATION_IDS["get_chunk_size"] == services.GET_CHUNK_SIZE
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("lm://127.0.0.1:5555", "is not tcp://HOST:PORT"),
+        ("tcp://127.0.0.1", "is not tcp://HOST:PORT"),
+        (f"tcp://127.0.0.1:{services.free_port()}", "start it with: kvshare services up --backend mp"),
+    ],
+)
+def test_no_mp_server(url, error):
+    with pytest.raises(UserError, match=error):
+        services.check_mp_server(url)
+
+
+@pytest.mark.parametrize("kind", [zmq.PULL, zmq.REP])
+def test_zmq_but_no_mp_server(kind, monkeypatch):
+    monkeypatch.setattr(services, "TIMEOUT", 0.3)
+    with zmq.Context() as context, context.socket(kind) as other:
+        port = other.bind_to_random_port("tcp://127.0.0.1")
+        with pytest.raises(UserError, match="does not answer as lmcache server does"):
+            services.check_mp_server(f"tcp://127.0.0.1:{port}")

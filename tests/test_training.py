@@ -1,4 +1,4 @@
-"""The main job: verl trains on Ray, two vLLM replicas share KV through a real lmcache_server."""
+"""The main job: verl trains on Ray, two vLLM replicas share KV through the real service of a backend."""
 
 import json
 
@@ -8,9 +8,10 @@ from kvshare.demo import Demo, failures
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gae"])
-def test_two_steps(tmp_path, monkeypatch, estimator):
+def test_two_steps(tmp_path, monkeypatch, pytestconfig, estimator):
     monkeypatch.setenv("ADV_ESTIMATOR", estimator)
-    result = Demo(tmp_path / estimator, ["trainer.total_training_steps=2"]).run()
+    backend = pytestconfig.getoption("backend")
+    result = Demo(tmp_path / estimator, ["trainer.total_training_steps=2"], backend).run()
     assert failures(result) == []
     assert result["adv_estimator"] == estimator
     assert (result["steps"], result["replicas"]) == (2, 2)

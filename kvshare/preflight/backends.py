@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from kvshare import services
-from kvshare.preflight import p2p, remote
+from kvshare.preflight import mp, p2p, remote
 from kvshare.preflight.job import Job
 
-BACKENDS: dict[str, ModuleType] = {"remote": remote, "p2p": p2p}
+BACKENDS: dict[str, ModuleType] = {"remote": remote, "p2p": p2p, "mp": mp}
 
 
 def service(job: Job) -> Iterator[str]:

@@ -38,7 +38,7 @@ def settings(job: Job) -> Iterator[str]:
         # vLLM frees a preempted request's blocks; the connector of vLLM 0.23 does not wait for the store.
         yield f"{path}: store_async: true may store KV that vLLM has overwritten: set it to false"
     yield from BACKENDS[job.backend].settings(job, path)
-    if job.config.trainer.nnodes > 1:
+    if job.config.trainer.nnodes > 1 and job.backend != "mp":  # which has a server on each
         yield from _localhost(job)
 
 

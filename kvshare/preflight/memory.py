@@ -46,22 +46,34 @@ def recipe(job: Job) -> Recipe:
     )
 
 
+MP_FULL = 0.8
+"""Of its memory: from here on LMCache's multi-process server evicts (--eviction-trigger-watermark)."""
+
+
 def memory(job: Job) -> Iterator[str]:
     """Whether what a step stores has room where it goes."""
     if job.forecast is None or not job.shares:
         return
     stored = job.forecast.stored_bytes_a_step
     job.facts["memory"] = f"a step stores {stored / 2**30:.2f} GiB"
-    yield from _local_tier(job)
+    if job.backend != "mp":  # there it is the server's
+        yield from _local_tier(job)
     status = os.environ.get(services.SERVER_STATUS)
     if job.backend == "remote" and status and Path(status).is_file():
         limit = json.loads(Path(status).read_text())["limit"]
-        if limit < stored:
-            keeps, needs = f"{limit / 2**30:.2f} GiB", f"{stored / 2**30:.2f} GiB"
-            yield (
-                f"kvshare server keeps {keeps}, a step stores {needs}: prefixes may be evicted before others "
-                f"read them: start it with --memory {math.ceil(stored / 2**30 * 1.2)}"
-            )
+        yield from _too_small("kvshare server", limit, stored, f"--memory {math.ceil(stored / 2**30 * 1.2)}")
+    if job.backend == "mp":
+        limit = int(job.lmcache.max_local_cpu_size * MP_FULL * 2**30)
+        room = math.ceil(stored / 2**30 / MP_FULL)
+        yield from _too_small("lmcache server", limit, stored, f"max_local_cpu_size: {room}")
+
+
+def _too_small(server: str, limit: int, stored: int, start: str) -> Iterator[str]:
+    if limit < stored:
+        yield (
+            f"{server} keeps {limit / 2**30:.2f} GiB, a step stores {stored / 2**30:.2f} GiB: prefixes may be evicted "
+            f"before others read them: start it with {start}"
+        )
 
 
 def _local_tier(job: Job) -> Iterator[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from kvshare import ascend
 from kvshare.preflight.job import Job, one_line
 
+MP_CONNECTOR = "LMCacheMPConnector"
+
 ESTIMATORS = {
     *("gae", "grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "remax", "rloo", "rloo_vectorized"),
     *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
@@ -114,6 +116,8 @@ def connector(job: Job) -> Iterator[str]:
         yield f"kv_transfer_config names no LMCache connector, nothing would be shared: {value}"
     elif job.device == "npu" and connector["kv_connector"] != ascend.CONNECTOR:
         yield f"kv_connector {connector['kv_connector']} does not work on Ascend: use {ascend.CONNECTOR} (docs/npu.md)"
+    elif (connector["kv_connector"] == MP_CONNECTOR) != (job.backend == "mp"):
+        yield f"kv_connector {connector['kv_connector']} is not that of the {job.backend} backend: run another launcher"
     job.facts["connector"] = str(connector.get("kv_connector"))
     if connector.get("kv_load_failure_policy") != "recompute":
         yield 'kv_transfer_config lacks "kv_load_failure_policy": "recompute": a failed load would fail the request'

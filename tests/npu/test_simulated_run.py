@@ -107,10 +107,12 @@ def test_a_stamp_is_kept(engine):
 def test_a_request_from_before_the_reset_is_kept_to_itself(engine):
     stamp = {"kv_transfer_params": {policy.TAG: policy.policy_id(RUN, 1)}}
     params = SamplingParams(extra_args=stamp)
-    request = SimpleNamespace(sampling_params=params, arrival_time=time.time(), request_id="r", lora_request=None)
-    engine.reset()
+    fields = {"arrival_time": time.time(), "request_id": "r", "lora_request": None, "prompt_embeds": None}
+    request = SimpleNamespace(sampling_params=params, **fields)
     looked_up = []
     impl = SimpleNamespace(lookup_client=SimpleNamespace(clear_lookup_status=looked_up.append))
+    lmcache_policy._stamp(lambda *args: None, impl, (request, 0), {})
+    engine.reset()
     lmcache_policy._stamp(lambda *args: None, impl, (request, 0), {})
     assert policy.is_private(params.extra_args["kv_transfer_params"][policy.TAG])
     assert looked_up == ["r"]  # is forgotten
