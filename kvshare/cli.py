@@ -236,7 +236,7 @@ def report(
         Path | None, typer.Option(help="That of a run without a connector: the noise floor of the mismatch.")
     ] = None,
 ) -> None:
-    """Write report.json and report.md of a run, and print what was shared."""
+    """Write report.html, report.md and report.json of a run, and print what was shared."""
     from kvshare import report as reports
 
     _print_report(reports.write(run, baseline), run)
@@ -282,7 +282,7 @@ def _print_report(report: dict, run: Path) -> None:
     for name, value in facts(report).items():
         out.print(f"{name:38}{value}", soft_wrap=True)
     out.print(verdict(report))
-    out.print(f"report: {run / 'report.json'}, {run / 'report.md'}", soft_wrap=True)
+    out.print(f"report: {run / 'report.html'}, and as report.md and report.json", soft_wrap=True)
 
 
 if __name__ == "__main__":

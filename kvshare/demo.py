@@ -136,5 +136,6 @@ def _step(data: dict[str, Any]) -> str:
     return (
         f"step {data['training/global_step']}: {data['timing_s/step']:.0f} s, "
         f"reward {data['critic/score/mean']:.3f}, "
+        f"{data.get('kvshare/shared_hit_tokens', 0):,} tokens shared, "
         f"rollout/actor correlation {data['training/rollout_actor_probs_pearson_corr']:.6f}"
     )

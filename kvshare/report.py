@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from kvshare import counts, services
+from kvshare.counts import Event
 from kvshare.errors import UserError
+from kvshare.ledger import Reader, objects
 from kvshare.policy import is_private
-
-Event = dict[str, Any]
-
+from kvshare.rates import Rates
 
 ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
+STEP = "training/global_step"  # all of verl's trainers log it once a step; a validation lacks it
 PEARSON = "training/rollout_actor_probs_pearson_corr"
 DIFFERENCE = "training/rollout_probs_diff_max"
+LOGGED = {  # a step's, by verl
+    "reward": "critic/score/mean",
+    "response_length": "response_length/mean",
+    "seconds": "timing_s/step",
+    "pearson": PEARSON,
+    "probs_diff": DIFFERENCE,
+}
 
 
 def summarize(
@@ -25,7 +35,7 @@ def summarize(
     run: dict[str, Any],
     baseline: Iterable[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The report: pure arithmetic.
+    """The report: pure arithmetic. Token counts and ratios are as in counts.py.
 
     Args:
         events: ledger lines of all replicas, in any order (see ledger.py).
@@ -33,36 +43,41 @@ def summarize(
         run: ``backend``, ``device`` and ``replicas``, written by preflight.
         baseline: like ``metrics``, of a run without a connector; its mismatch is the noise floor.
             Without one the run's own first step is: there was no older policy to be stale of.
-
-    Token counts: ``prompt`` = ``computed`` + ``local_hit`` + ``shared_hit`` + ``unknown_hit``.
-    ``local_hit``: from vLLM's prefix cache, or loaded and stored by the same replica;
-    ``shared_hit``: loaded, and stored by another replica of this run; ``unknown_hit``: loaded, and
-    nobody in the ledger stored it. ``stale_hit``: those of the loaded tokens whose key was also
-    stored under another policy. ``prefill_amplification``: chunks that replicas computed over
-    distinct chunks computed; 1.0 is perfect sharing; None if no prompt filled a chunk.
     """
-    events = list(events)
-    routing: Event = next((e for e in reversed(events) if e["op"] == "routing"), {})
-    events = list(_first_loads(e for e in events if e["op"] != "routing"))
-    stored_by = _stored_by(events)
-    replicas = range(max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0))
+    everything = sorted(events, key=lambda e: e["time"])
+    routing: Event = next((e for e in reversed(everything) if e["op"] == "routing"), {})
+    ends = [e for e in everything if e["op"] == "step"]
+    events = counts.of_replicas(everything)
+    stored = counts.stored_by(events)
+    replicas = max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0)
     steps = _steps(metrics)
     floor = steps[:1] if baseline is None else _steps(baseline)
+    prefill = _prefill_rate(events)
     return {
         **run,
-        "replicas": len(replicas),
+        "replicas": replicas,
+        "unseen": sorted(set(range(replicas)) - {e["replica"] for e in events}),
         "steps": len(steps),
-        "tokens": _tokens(events, stored_by),
-        "replica": [{"rank": r, **_tokens([e for e in events if e["replica"] == r], stored_by)} for r in replicas],
-        "prefill_amplification": _amplification(stored_by),
+        "tokens": counts.tokens(events, stored),
+        "replica": counts.by_replica(events, stored, replicas),
+        "hit_rate": counts.hit_rate(counts.tokens(events, stored)),
+        "prefill_amplification": counts.amplification(stored),
+        "prefill_tokens_per_second": prefill,
+        "time_saved_seconds": counts.time_saved(events, prefill),
         "routing": {name: routing[name] for name in ROUTING if name in routing},
         "policy": [
+            {"policy": policy, **_shared(of_policy, stored)} for policy, of_policy in _by_policy(events).items()
+        ],
+        "step": [
             {
-                "policy": policy,
-                **_tokens(of_policy, stored_by),
-                "prefill_amplification": _amplification(_stored_by(of_policy)),
+                "step": logged[STEP],
+                **_shared(of_step, stored),
+                "time_saved_seconds": counts.time_saved(of_step, prefill),
+                "replica": counts.by_replica(of_step, stored, replicas),
+                "server": server,
+                **{name: logged.get(metric) for name, metric in LOGGED.items()},
             }
-            for policy, of_policy in _by_policy(events).items()
+            for logged, of_step, server in _by_step(steps, events, ends)
         ],
         "mismatch": {
             "pearson_min": _extreme(min, steps, PEARSON),
@@ -71,81 +86,74 @@ def summarize(
             "probs_diff_floor": _extreme(max, floor, DIFFERENCE),
             "floor": "first step" if baseline is None else "baseline",
         },
-        "reward": [m.get("critic/score/mean") for m in steps],
-        "step_seconds": [m.get("timing_s/step") for m in steps],
         "degraded": sorted({e["replica"] for e in events if e["op"] == "degraded"}),
     }
 
 
 def _steps(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [m for m in metrics if "training/global_step" in m]
+    return [m for m in metrics if STEP in m]
 
 
-def _first_loads(events: Iterable[Event]) -> Iterable[Event]:
-    """A preempted request loads again; vLLM counts its prompt once."""
-    seen = set()
-    for event in events:
-        if event["op"] == "load" and event.get("request"):
-            load = event["replica"], event["request"]
-            if load in seen:
-                continue
-            seen.add(load)
-        yield event
+def _shared(events: list[Event], stored: counts.Stored) -> dict[str, Any]:
+    count = counts.tokens(events, stored)
+    return {
+        **count,
+        "hit_rate": counts.hit_rate(count),
+        "prefill_amplification": counts.amplification(counts.stored_by(events)),
+    }
 
 
-def _stored_by(events: list[Event]) -> dict[int, set[tuple[int, str]]]:
-    """Who stored each key, under which policy."""
-    stored_by: dict[int, set[tuple[int, str]]] = defaultdict(set)
-    for event in events:
-        if event["op"] == "store":
-            for key in event["keys"]:
-                stored_by[key].add((event["replica"], event["policy"]))
-    return stored_by
-
-
-def _tokens(events: list[Event], stored_by: dict[int, set[tuple[int, str]]]) -> dict[str, int]:
-    count = dict.fromkeys(("prompt", "computed", "local_hit", "shared_hit", "unknown_hit", "stale_hit"), 0)
-    loaded = expected = 0
-    for event in events:
-        if event["op"] == "request":
-            count["prompt"] += event["prompt"]
-            count["local_hit"] += event["cached"]
-        elif event["op"] == "load":
-            expected += event["expected"]
-            for key, tokens in zip(event["keys"], event["tokens"], strict=True):
-                loaded += tokens
-                count[_origin(stored_by.get(key, set()), event["replica"])] += tokens
-                if any(policy != event["policy"] for _, policy in stored_by.get(key, ())):
-                    count["stale_hit"] += tokens
-    # vLLM counts as cached what it expected LMCache to load, whether that arrived or not.
-    count["local_hit"] = max(0, count["local_hit"] - expected)
-    count["computed"] = count["prompt"] - count["local_hit"] - count["shared_hit"] - count["unknown_hit"]
-    return count
-
-
-def _origin(stored_by: set[tuple[int, str]], replica: int) -> str:
-    if not stored_by:
-        return "unknown_hit"
-    return "local_hit" if any(r == replica for r, _ in stored_by) else "shared_hit"
-
-
-def _amplification(stored_by: dict[int, set[tuple[int, str]]]) -> float | None:
-    """Replicas that computed a chunk, on average over (chunk, policy)."""
-    distinct = sum(len({policy for _, policy in who}) for who in stored_by.values())
-    return round(sum(map(len, stored_by.values())) / distinct, 3) if distinct else None
+def _prefill_rate(events: list[Event]) -> float | None:
+    rates = Rates()
+    counts.time_prefills(rates, events)
+    return rates.pace()["prefill"]
 
 
 def _by_policy(events: list[Event]) -> dict[str, list[Event]]:
     """Events of each policy in the order of their first one; private policies together."""
     groups: dict[str, list[Event]] = defaultdict(list)
-    for event in sorted(events, key=lambda e: e["time"]):
+    for event in events:
         if name := event.get("policy"):
             groups["private" if is_private(name) else name].append(event)
     return groups
 
 
+def _by_step(
+    steps: list[dict[str, Any]], events: list[Event], ends: list[Event]
+) -> Iterable[tuple[dict[str, Any], list[Event], dict[str, Any] | None]]:
+    """Of each step: what verl logged, the events since the step before, and the server's status at its end."""
+    groups: dict[int, list[Event]] = defaultdict(list)
+    times = [end["time"] for end in ends]
+    for event in events:
+        if (at := bisect_left(times, event["time"])) < len(ends):
+            groups[ends[at]["step"]].append(event)
+    servers = {end["step"]: end.get("server") for end in ends}
+    for logged in steps:
+        yield logged, groups[logged[STEP]], servers.get(logged[STEP])
+
+
 def _extreme(choose: Any, steps: list[dict[str, Any]], name: str) -> float | None:
     return choose([m[name] for m in steps if name in m], default=None)
+
+
+def against_forecast(report: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """What preflight forecast of a step, and what a step came to, on average; empty if it forecast nothing."""
+    forecast, steps = report.get("forecast"), report["step"]
+    if not forecast or not steps:
+        return {}
+    server = steps[-1]["server"]
+    return {
+        "tokens shared between replicas": (forecast["shareable_tokens_a_step"], _mean(steps, "shared_hit")),
+        "tokens hit within one": (forecast["local_tokens_a_step"], _mean(steps, "local_hit")),
+        "bytes stored": (
+            forecast["stored_bytes_a_step"],
+            (server["bytes"] + server["evicted_bytes"]) / len(steps) if server else None,
+        ),
+    }
+
+
+def _mean(steps: list[dict[str, Any]], name: str) -> float:
+    return sum(step[name] for step in steps) / len(steps)
 
 
 def read(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
@@ -157,30 +165,23 @@ def read(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
     for path in filter(None, (folder, baseline)):
         if not (path / "run.json").is_file():
             raise UserError(f"{path} has no run.json: give the KVSHARE_RUN_DIR of a run that a launcher started")
-    events = (e for path in sorted(folder.glob("events-*.jsonl")) for e in _lines(path))
     run = json.loads((folder / "run.json").read_text())
-    status = Path(run.pop("server_status", None) or "")
-    run["server"] = json.loads(status.read_text()) if status.is_file() else None
-    return summarize(events, _metrics(folder), run, _metrics(baseline) if baseline else None)
+    run["server"] = services.server_status(run.pop("server_status", None))
+    return summarize(Reader(folder).read(), _metrics(folder), run, _metrics(baseline) if baseline else None)
 
 
 def _metrics(folder: Path) -> Iterable[dict[str, Any]]:
-    return (line["data"] for line in _lines(folder / "metrics.jsonl"))
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Objects of a JSON-lines file; the last line of a run that was killed may be half a line."""
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    path = folder / "metrics.jsonl"
+    return (line["data"] for line in objects(path.read_bytes().splitlines() if path.exists() else []))
 
 
 def verdict(report: dict[str, Any]) -> str:
     """One sentence for a human."""
+    unseen = f" {not_seen(report['unseen'])}." if report["unseen"] and report["tokens"]["prompt"] else ""
+    return _verdict(report) + unseen
+
+
+def _verdict(report: dict[str, Any]) -> str:
     tokens = report["tokens"]
     if report["degraded"]:
         return f"NOT SHARING: LMCache did not start in replica {', '.join(map(str, report['degraded']))}; see its log."
@@ -198,39 +199,47 @@ def verdict(report: dict[str, Any]) -> str:
     return f"{share:.1f}% of prompt tokens came from another replica, none of them stale."
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    head = (
-        f"# KV sharing: {report.get('backend')} on {report.get('device')}, {report['replicas']} replicas, "
-        f"{report['steps']} steps\n\n{verdict(report)}\n"
-    )
-    columns = "prompt | computed | local hit | shared hit | stale |"
-    lines = [head, f"| tokens | {columns}", "|---|---|---|---|---|---|"]
-    lines += [_row(f"replica {r['rank']}", r) for r in report["replica"]] + [_row("**all**", report["tokens"]), ""]
-    lines += [f"| policy | {columns} prefill amplification |", "|---|---|---|---|---|---|---|"]
-    lines += [f"{_row(p['policy'], p)} {p['prefill_amplification']} |" for p in report["policy"]] + [""]
-    lines += ["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts(report).items()]
-    return "\n".join(lines) + "\n"
+def not_seen(replicas: list[int]) -> str:
+    ranks = ", ".join(map(str, replicas))
+    return f"NOT SEEN: replica {ranks} (on several nodes KVSHARE_RUN_DIR must be a folder that all of them share)"
 
 
 def facts(report: dict[str, Any]) -> dict[str, str]:
     """What is not a token count, in words."""
-    mismatch, server = report["mismatch"], report.get("server")
-    memory = (
-        {}
-        if not server
-        else {
-            "kvshare server": f"{server['bytes'] / 2**30:.2f} of {server['limit'] / 2**30:.2f} GiB; "
-            f"{server['evicted']:,} entries evicted, {server['refused']:,} refused"
-        }
-    )
-    return memory | {
+    mismatch, server, rewards = report["mismatch"], report.get("server"), _known(report["step"], "reward")
+    found = {
+        "kvshare server": server
+        and f"{server['bytes'] / 2**30:.2f} of {server['limit'] / 2**30:.2f} GiB; "
+        f"{server['evicted']:,} entries evicted, {server['refused']:,} refused",
         "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
+        "hit rate": report["hit_rate"] is not None and f"{report['hit_rate']:.1%} of prompt tokens were not computed",
+        "time saved": _saved(report),
         "router": _routing(report["routing"]),
         "rollout/actor correlation": f"{mismatch['pearson_min']} "
         f"(lowest of all steps; noise floor, {mismatch['floor']}: {mismatch['pearson_floor']})",
         "rollout/actor probability difference": f"{mismatch['probs_diff_max']} "
         f"(highest; noise floor, {mismatch['floor']}: {mismatch['probs_diff_floor']})",
+        "reward": rewards and f"{rewards[0]:.3f} in the first step, {rewards[-1]:.3f} in the last",
+        **{
+            f"{what} a step": f"forecast {forecast:,}" + ("" if measured is None else f", measured {measured:,.0f}")
+            for what, (forecast, measured) in against_forecast(report).items()
+        },
     }
+    return {name: text for name, text in found.items() if text}
+
+
+def _known(steps: list[dict[str, Any]], name: str) -> list[Any]:
+    return [step[name] for step in steps if step[name] is not None]
+
+
+def _saved(report: dict[str, Any]) -> str | None:
+    saved, rate = report["time_saved_seconds"], report["prefill_tokens_per_second"]
+    if saved is None or not any(report["tokens"][hit] for hit in ("shared_hit", "local_hit")):
+        return None
+    return (
+        f"{saved:.2f} s of the engines' time: computing what was loaded, at the fastest prefill seen "
+        f"({rate:,.0f} tokens/s), less the loading"
+    )
 
 
 def _routing(counts: dict[str, Any]) -> str:
@@ -244,14 +253,12 @@ def _routing(counts: dict[str, Any]) -> str:
     )
 
 
-def _row(name: str, t: dict[str, Any]) -> str:
-    cells = [t["prompt"], t["computed"], t["local_hit"], t["shared_hit"], t["stale_hit"]]
-    return f"| {name} | " + " | ".join(f"{cell:,}" for cell in cells) + " |"
-
-
 def write(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
-    """Write report.json and report.md into a run folder; returns the report."""
+    """Write report.json, report.md and report.html into a run folder; returns the report."""
+    from kvshare import markdown, page
+
     report = read(folder, baseline)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(to_markdown(report))
+    (folder / "report.md").write_text(markdown.render(report))
+    (folder / "report.html").write_text(page.render(report))
     return report

@@ -23,7 +23,7 @@ from verl.utils.tokenizer import normalize_token_ids
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare import lmcache_config
-from kvshare.ledger import Ledger
+from kvshare.ledger import RUN_DIR, Ledger
 from kvshare.prefixes import Key, chunk_digests
 from kvshare.rates import UNKNOWN, break_even, worth
 
@@ -96,7 +96,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._tasks: dict[str, asyncio.Task] = {}
         self._watchers: set[asyncio.Task] = set()
         self._counts = Counts()
-        self._ledger = Ledger("router", os.environ.get("KVSHARE_RUN_DIR"))
+        self._ledger = Ledger("router", os.environ.get(RUN_DIR))
 
     def require_acquire_fields(self) -> list[str]:
         return ["prompt_ids"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import socket
 import subprocess
 import time
@@ -40,6 +41,11 @@ GET_CHUNK_SIZE = 21
 
 TIMEOUT = 3.0  # seconds; these are local or one hop away
 START_SECONDS = 120  # importing LMCache alone takes ten on a slow machine
+
+
+def server_status(path: str | None) -> dict[str, int] | None:
+    """What ``kvshare server --status`` last wrote to ``path``; None if that is not on this host."""
+    return json.loads(Path(path).read_text()) if path and Path(path).is_file() else None
 
 
 def check_lmcache_server(url: str) -> str:

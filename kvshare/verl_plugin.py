@@ -26,3 +26,4 @@ wrapt.register_post_import_hook(_register_replica, "verl.workers.rollout.replica
 wrapt.register_post_import_hook("kvshare.verl_cpu:register_platform", "verl.plugin.platform.platform_manager")
 wrapt.register_post_import_hook("kvshare.verl_cpu:mend_process_group", "verl.utils.distributed")
 wrapt.register_post_import_hook("kvshare.verl_cpu:mend_critic", "verl.utils.model")
+wrapt.register_post_import_hook("kvshare.verl_tracking:mend_tracking", "verl.utils.tracking")

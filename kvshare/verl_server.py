@@ -15,15 +15,12 @@ import ray
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from kvshare import events, lmcache_config, p2p, policy, services
-from kvshare.ledger import Ledger
+from kvshare.ledger import RUN_DIR, Ledger
 from kvshare.prefixes import Prefill, StoredPrefixes, chunk_digests
 from kvshare.rates import Pace, Rates
 from kvshare.verl_cpu import is_cpu
 
 logger = logging.getLogger(__name__)
-
-RUN_DIR = "KVSHARE_RUN_DIR"
-"""Environment variable with the folder the ledger goes to; unset: no ledger."""
 
 RUN = policy.new_run()
 """Drawn in the process that starts the replicas; each server gets it with its class."""
@@ -156,7 +153,8 @@ class KVShareServer(vLLMHttpServer):
                     cached = output.num_cached_tokens or 0
                     tokens = sum(len(o.token_ids) for o in output.outputs)
                     self._rates.answered(tokens, time.monotonic() - answered)
-                    self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached)
+                    first = round(answered - began, 4)
+                    self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached, first_token=first)
 
         return stamped
 
@@ -187,7 +185,7 @@ class KVShareServer(vLLMHttpServer):
                 if op == "store":
                     self._prefixes.storing(request)
                 elif event["tokens"]:
-                    self._rates.loaded(sum(event["tokens"]), event.pop("seconds"))
+                    self._rates.loaded(sum(event["tokens"]), event["seconds"])
                 self._ledger.write(op, **event)
 
     async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:

@@ -1,7 +1,8 @@
 import pytest
 
-from kvshare import report
+from kvshare import markdown, report
 from kvshare.errors import UserError
+from kvshare.rates import ENOUGH
 
 RUN = {"backend": "remote", "device": "cpu", "replicas": 2}
 
@@ -109,8 +110,8 @@ def test_baseline_says_that_it_is_one():
 
 def test_every_policy_has_its_row():
     events = [store(0, "run-1", 1), load(1, "run-1", 1), request(1, "run-1", 512, 256), request(0, "private-a", 300)]
-    rows = [line for line in report.to_markdown(report.summarize(events, [], RUN)).splitlines() if "| run-1 |" in line]
-    assert rows == ["| run-1 | 512 | 256 | 0 | 256 | 0 | 1.0 |"]
+    rows = [line for line in markdown.render(report.summarize(events, [], RUN)).splitlines() if "| run-1 |" in line]
+    assert rows == ["| run-1 | 512 | 256 | 0 | 256 | 0 | 1.000 |"]
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,57 @@ def test_report_of_a_killed_run(tmp_path):
 def test_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run\.json"):
         report.read(tmp_path)
+
+
+def end(step, time, server=None):
+    return {"op": "step", "time": time, "replica": "trainer", "step": step, "server": server}
+
+
+def at(time, event):
+    return {**event, "time": time}
+
+
+TWO_STEPS = [
+    at(1, store(0, "p0", 1)),
+    at(2, load(1, "p0", 1)),
+    at(3, request(1, "p0", 512, 256)),
+    end(1, 4, {"bytes": 100, "limit": 1000, "evicted": 0, "evicted_bytes": 20, "refused": 0}),
+    at(5, store(0, "p1", 2)),
+    at(6, request(0, "p1", 300)),
+    end(2, 7, {"bytes": 200, "limit": 1000, "evicted": 0, "evicted_bytes": 40, "refused": 0}),
+    at(8, request(0, "p2", 999)),  # of a step that has not ended
+]
+
+
+def logged(*rewards):
+    return [{"training/global_step": i, "critic/score/mean": r} for i, r in enumerate(rewards, 1)]
+
+
+def test_a_step_is_what_came_since_the_one_before():
+    one, two = report.summarize(TWO_STEPS, logged(0.25, 0.75), RUN)["step"]
+    assert (one["prompt"], one["computed"], one["shared_hit"], one["reward"]) == (512, 256, 256, 0.25)
+    assert [r["prompt"] for r in one["replica"]] == [0, 512]
+    assert (two["prompt"], two["computed"], two["shared_hit"], two["reward"]) == (300, 300, 0, 0.75)
+    assert (one["hit_rate"], two["hit_rate"]) == (0.5, 0.0)
+    assert two["server"]["bytes"] == 200
+
+
+def test_time_saved_is_what_computing_would_have_taken_less_the_loads():
+    prefills = [{**request(0, "p", 1000), "first_token": 1.0} for _ in range(ENOUGH)]
+    loads = [{**load(1, "p", 1, 2), "seconds": 0.1}]
+    result = report.summarize([store(0, "p", 1, 2), *prefills, *loads], [], RUN)
+    assert result["prefill_tokens_per_second"] == 1000
+    assert result["time_saved_seconds"] == pytest.approx(0.512 - 0.1)
+    assert report.summarize(prefills[1:], [], RUN)["time_saved_seconds"] is None
+
+
+def test_forecast_stands_next_to_what_was_measured():
+    forecast = {"shareable_tokens_a_step": 130, "local_tokens_a_step": 0, "stored_bytes_a_step": 99, "verdict": "v"}
+    result = report.summarize(TWO_STEPS, logged(0, 0), {**RUN, "forecast": forecast})
+    assert list(report.against_forecast(result).values()) == [(130, 128), (0, 0), (99, 120)]
+
+
+def test_replica_that_left_no_ledger_is_named():
+    result = report.summarize([request(0, "p", 300)], [], {**RUN, "replicas": 3})
+    assert result["unseen"] == [1, 2]
+    assert "NOT SEEN: replica 1, 2" in report.verdict(result)
