@@ -60,7 +60,7 @@ wheel: .venv/dev
 
 # P2P: three replicas, a controller, each of them killed; two hosts (network namespaces). 10 minutes.
 p2p: .venv/dev
-	$(BIN)/pytest -s tests/p2p.py
+	$(BIN)/pytest -s -m "slow or not slow" tests/test_peers.py tests/p2p.py
 
 # What the NPU launchers rely on, in the packages NPUs run (no NPU needed, 2 minutes). LMCache-Ascend has no package:
 # make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>; without it the tests that need it are skipped.

@@ -5,38 +5,18 @@ import random
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
+import peers
 import pytest
-from conftest import CHUNK, ROOT
+from conftest import CHUNK
 from engines import Engine
+from peers import Controller
 from test_engines import same
 
-from kvshare import backends, lmcache_config, p2p, policy, services
+from kvshare import policy
 
-CONFIG = str(ROOT / "config" / "p2p_backend_config.yaml")
-SETTINGS = {"LMCACHE_CONFIG_FILE": CONFIG, "LMCACHE_TRANSFER_CHANNEL": "nixl", "LMCACHE_NIXL_BUFFER_DEVICE": "cpu"}
-FREE = {f"LMCACHE_{name.upper()}": "" for name in p2p.PORT_LISTS}  # its ports, but free ones
-SETTINGS |= {"LMCACHE_LOOKUP_TIMEOUT_MS": "10000"}  # a busy machine may take its time
 HOSTS = ("10.213.77.1", "10.213.77.2")
 WHOLE = 4 * CHUNK
-
-
-class Controller:
-    """A real lmcache_controller that can be killed and started again at the same place."""
-
-    def __init__(self, processes, folder, listen="127.0.0.1"):
-        self._processes, self._log = processes, folder / "controller.log"
-        self._needs = backends.BACKENDS["p2p"]
-        self.command, self.exports = backends.place(self._needs, listen, folder)
-        self.start()
-
-    def start(self):
-        self.process = self._processes.start(self.command, self._log)
-        services.wait_healthy("controller", self.process, partial(self._needs.check, self.exports), self._log)
-
-    def kill(self):
-        self._processes.kill(self.process)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +30,7 @@ def start(processes, weights, tmp_path_factory):
     model = weights.make(0)
 
     def start(controller, rank, name, address="127.0.0.1", inside=(), **more):
-        with pytest.MonkeyPatch.context() as patch:
-            for key, value in (SETTINGS | FREE).items():
-                patch.setenv(key, value)
-            settings = lmcache_config.effective(CONFIG).to_dict()
-        own = p2p.identity(settings, rank, 1, address, services.free_port)
-        environment = SETTINGS | controller.exports | own | more
+        environment = peers.environment(controller, rank, address) | more
         return Engine(processes, rank, model, folder / f"{name}.log", environment, address, inside)
 
     start.folder = folder

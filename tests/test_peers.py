@@ -1,0 +1,89 @@
+"""P2P without vLLM: what is found, that it is right, and what happens when something dies."""
+
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from peers import Controller, Peer
+
+WHOLE = 512  # tokens, two chunks
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def controller(processes, tmp_path_factory):
+    return Controller(processes, tmp_path_factory.mktemp("controller"))
+
+
+@pytest.fixture(scope="module")
+def start(processes, controller, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peers")
+    return lambda rank, name: Peer(processes, controller, rank, folder / name)
+
+
+@pytest.fixture(scope="module")
+def peers(start):
+    started = [start(rank, str(rank)) for rank in range(3)]
+    for writer, reader in itertools.permutations(started, 2):
+        wait_until_shared(writer, reader)
+    return started
+
+
+def loads(writer, reader):
+    """The controller is told a moment after a store."""
+    number = next(numbers)
+    writer.store(number)
+    time.sleep(0.2)
+    return reader.load(number)
+
+
+def wait_until_shared(writer, reader):
+    deadline = time.monotonic() + 60
+    while loads(writer, reader) != WHOLE:
+        assert time.monotonic() < deadline
+
+
+def test_all_is_found_and_right(peers):
+    """With few pages: they are used again and again."""
+    pairs = list(itertools.permutations(peers, 2)) * 5
+    assert [loads(writer, reader) for writer, reader in pairs] == [WHOLE] * len(pairs)
+
+
+def test_all_at_once(peers):
+    """Each one stores, serves and loads at the same time."""
+    with ThreadPoolExecutor(3) as pool:
+        for shift in (1, 2):
+            known = [next(numbers) for _ in peers]
+            for peer, number in zip(peers, known, strict=True):
+                peer.store(number)
+            time.sleep(0.2)
+            asked = [(peers[(at + shift) % 3], number) for at, number in enumerate(known)]
+            assert list(pool.map(lambda pair: pair[0].load(pair[1]), asked)) == [WHOLE] * 3
+
+
+@pytest.mark.slow
+def test_controller_dies_and_returns(peers, controller):
+    one, two, three = peers
+    before = next(numbers)
+    one.store(before)
+    controller.kill()
+    assert loads(one, two) == 0
+    controller.start()
+    for writer, reader in ((one, two), (two, three), (three, one)):
+        wait_until_shared(writer, reader)
+    assert three.load(before) == WHOLE  # it was told again
+
+
+@pytest.mark.slow
+def test_peer_dies_and_returns(peers, start):
+    one, two, three = peers
+    known = next(numbers)
+    three.store(known)
+    time.sleep(0.2)
+    three.kill()
+    assert one.load(known) == 0
+    assert loads(one, two) == WHOLE
+    peers[2] = three = start(2, "again")
+    for writer, reader in itertools.permutations(peers, 2):
+        wait_until_shared(writer, reader)
