@@ -265,6 +265,56 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML with what to start; config/bench_cpu.yaml is one.")
+    ] = None,
+    engine: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Instead: a running vLLM server; two that share.")
+    ] = None,
+    plain: Annotated[str | None, typer.Option(metavar="URL", help="And one with no connector.")] = None,
+    tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "1024,4096",
+    at_once: Annotated[str, typer.Option(help="Different prompts at the same time.")] = "1",
+    n: Annotated[int, typer.Option("-n", min=0, help="Also GRPO's pattern, with this many samples of a prompt.")] = 0,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 16,
+    repeat: Annotated[int, typer.Option(min=1, help="Turns of all cases.")] = 5,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds a prompt has to be stored, and one more a GB.")] = 1.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, to this SVG file (needs matplotlib).")] = None,
+    logs: Annotated[Path, typer.Option(help="Folder for the logs of what it starts.")] = Path("outputs/bench"),
+) -> None:
+    """Time to the first token: no connector, miss, shared hit, local hit, in turns; and the copy that limits it."""
+    from kvshare import bench as benches
+    from kvshare import bench_report
+    from kvshare.services import NotStarted
+
+    shapes = [(length, many) for length in _numbers("--tokens", tokens) for many in _numbers("--at-once", at_once)]
+    asked = benches.Asked(shapes, n, answer, repeat, settle)
+    try:
+        if config:
+            result = benches.of_config(config, asked, logs)
+        elif engine and len(engine) == 2:
+            result = benches.of_urls(engine, plain, asked)
+        else:
+            raise UserError("bench needs a config, or two servers that share: --engine URL --engine URL")
+    except NotStarted as error:
+        print(f"kvshare bench: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1))
+    if plot:
+        bench_report.plot(result, plot)
+    print(bench_report.markdown(result))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(numbers) != text.count(",") + 1 or not all(numbers):
+        raise UserError(f"{option} {text!r} must be whole numbers from 1, separated by commas")
+    return numbers
+
+
 def _print_report(report: dict, run: Path) -> None:
     from rich.table import Table
 
