@@ -19,7 +19,7 @@ from typing import Any
 from kvshare import bench_engines, copy_limit
 from kvshare.bench_endpoint import Endpoint, Sample, endpoints, sample, unseen
 from kvshare.bench_engines import Engines
-from kvshare.preflight import kv_bytes
+from kvshare.preflight.memory import kv_bytes
 
 PACKAGES = ("vllm", "lmcache", "torch", "verl")
 CHUNK_SIZE = 256  # tokens, LMCache's default: of servers that somebody else started

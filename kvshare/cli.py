@@ -298,8 +298,8 @@ def bench(
             result = benches.of_urls(engine, plain, asked)
         else:
             raise UserError("bench needs a config, or two servers that share: --engine URL --engine URL")
-    except NotStarted as error:
-        print(f"kvshare bench: {error}", file=sys.stderr)
+    except NotStarted as failed:
+        print(*failed.tail, f"kvshare bench: {failed}; log: {failed.log}", sep="\n", file=sys.stderr)
         raise typer.Exit(1) from None
     if json_file:
         json_file.write_text(json.dumps(result, indent=1))

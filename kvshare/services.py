@@ -71,19 +71,21 @@ def check_lmcache_server(url: str) -> str:
     return f"{host}:{port}"
 
 
-def wait_healthy(name: str, process: subprocess.Popen, check: Callable[[], str], log: Path) -> str:
+def wait_healthy(
+    name: str, process: subprocess.Popen, check: Callable[[], str], log: Path, seconds: float = START_SECONDS
+) -> str:
     """Wait until a service that is starting is healthy; returns what ``check`` does.
 
     Raises:
-        NotStarted: it ended instead, or is not healthy after START_SECONDS; ``log`` says why.
+        NotStarted: it ended instead, or is not healthy after so many seconds; ``log`` says why.
     """
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while process.poll() is None:
         try:
             return check()
         except UserError as error:
             if time.monotonic() > deadline:
-                raise NotStarted(f"{name} is not healthy after {START_SECONDS} s ({error})", log) from None
+                raise NotStarted(f"{name} is not healthy after {seconds:.0f} s ({error})", log) from None
             time.sleep(0.2)
     raise NotStarted(f"{name} ended with exit code {process.returncode}", log)
 
