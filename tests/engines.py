@@ -54,7 +54,7 @@ class Engine:
         address = f"ipc://{log}.events" if inside else f"ipc://@kvshare-test-{uuid4().hex}"  # @ is of one namespace
         threading.Thread(target=self._listen, args=(address,), daemon=True).start()
         self.log = log
-        self._url = f"http://{host}:{(port := services.free_port())}"
+        self.url = f"http://{host}:{(port := services.free_port())}"
         internal = services.free_port()
         self._worker = f"http://127.0.0.1:{internal + 1}"  # LMCache's own API of worker 0
         command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
@@ -161,12 +161,12 @@ class Engine:
             self.events.append({**event, "time": time.time(), "replica": self._rank})
 
     def _get(self, path: str, url: str | None = None) -> str:
-        with urllib.request.urlopen((url or self._url) + path, timeout=300) as response:
+        with urllib.request.urlopen((url or self.url) + path, timeout=300) as response:
             return response.read().decode()
 
     def _post(self, path: str, body: dict) -> Any:
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._url + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=300) as response:
             text = response.read()
         return json.loads(text) if text else None
