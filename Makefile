@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p demo-mp install test test-npu freshness routing faults p2p forecast wheel lint lock clean
+.PHONY: demo demo-p2p demo-mp install test test-npu freshness routing faults p2p bench forecast wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -61,6 +61,11 @@ wheel: .venv/dev
 # P2P: three replicas, a controller, each of them killed; two hosts (network namespaces). 10 minutes.
 p2p: .venv/dev
 	$(BIN)/pytest -s -m "slow or not slow" tests/test_peers.py tests/p2p.py
+
+# The CPU tables of docs/benchmarks.md (10 minutes).
+bench: .venv/dev
+	$(BIN)/kvshare prepare --offline --tiny-model --limit 4 --data outputs/bench/data
+	$(BIN)/kvshare bench config/bench_cpu.yaml -n 8
 
 # What the NPU launchers rely on, in the packages NPUs run (no NPU needed, 2 minutes). LMCache-Ascend has no package:
 # make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>; without it the tests that need it are skipped.

@@ -9,16 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from kvshare import bench_engines, copy_limit
 from kvshare.bench_endpoint import Endpoint, Sample, endpoints, sample, unseen
 from kvshare.bench_engines import Engines
+from kvshare.errors import UserError
 from kvshare.preflight.memory import kv_bytes
 
 PACKAGES = ("vllm", "lmcache", "torch", "verl")
@@ -61,7 +65,7 @@ def of_urls(urls: list[str], plain: str | None, asked: Asked) -> dict[str, Any]:
 
 async def _run(engines: Engines, asked: Asked, copy: tuple[str, float], wide: bool) -> dict[str, Any]:
     """Args: ``wide``: KV has 32 bits, not 16."""
-    async with endpoints([*engines.urls, *filter(None, [engines.plain])]) as found:
+    async with _lost_is_an_error(), endpoints([*engines.urls, *filter(None, [engines.plain])]) as found:
         models = [await endpoint.connect() for endpoint in found]
         a_token = _kv_bytes(models[0].get("root") or "", wide)
         cases = await _cases(found, asked, lambda tokens: asked.settle + tokens * (a_token or 0) / 1e9)
@@ -79,6 +83,14 @@ async def _run(engines: Engines, asked: Asked, copy: tuple[str, float], wide: bo
         "cases": cases,
         "patterns": patterns,
     }
+
+
+@asynccontextmanager
+async def _lost_is_an_error() -> AsyncIterator[None]:
+    try:
+        yield
+    except aiohttp.ClientError as error:
+        raise UserError(f"a server stopped answering ({error}): see its log") from None
 
 
 async def _cases(found: list[Endpoint], asked: Asked, settle: Callable[[int], float]) -> list[dict[str, Any]]:

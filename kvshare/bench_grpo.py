@@ -40,7 +40,7 @@ class Replica:
 
     async def ask(self, request: str, prompt: Prompt, answer: int) -> Answer:
         chunks = chunk_digests(prompt, self._chunk_size)
-        self._prefixes.started(request, Prefill(POLICY, chunks[-1], len(chunks) * self._chunk_size))
+        self._prefixes.started(request, Prefill(POLICY, chunks[-1] if chunks else "", len(chunks) * self._chunk_size))
         try:
             return await self.endpoint.ask(prompt, answer, request, lambda: self._heard(request))
         finally:
