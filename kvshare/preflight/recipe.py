@@ -126,8 +126,8 @@ def connector(job: Job) -> Iterator[str]:
 def graphs(job: Job) -> Iterator[str]:
     if job.device != "cpu" and job.shares and job.rollout.enforce_eager:
         yield (
-            "actor_rollout_ref.rollout.enforce_eager=true turns graphs off, and without them a connector takes some "
-            "25 ms of each decode step (measured on an H100): set it to false"
+            "actor_rollout_ref.rollout.enforce_eager=true turns graphs off, and every decode step launches its kernels "
+            "one by one: set it to false"
         )
 
 
