@@ -79,7 +79,9 @@ def started(config: dict[str, Any], logs: Path) -> Iterator[Engines]:
             own, more = dict(environment), []
             if receiver:
                 own[events.ADDRESS], more = receiver.address, connector
-                own |= p2p.identity(settings, rank, 1) if settings["enable_p2p"] else {}
+                own |= (
+                    p2p.identity(settings, rank, 1, "127.0.0.1", services.free_port) if settings["enable_p2p"] else {}
+                )
             name = f"engine-{rank}" if receiver else "plain"
             url = f"http://127.0.0.1:{(port := services.free_port())}"
             command = [*_ours(config["engine"]), "--host", "127.0.0.1", "--port", str(port), *more]
