@@ -21,8 +21,8 @@ BOUND = 300_000_000  # bytes
 
 
 class Backend:
-    """``does`` says how: serve, refuse, hang, slow, drop once (then slow), truncate, flip, or vanish (found, but gone
-    when loaded)."""
+    """``does`` says how: serve, refuse, hang, slow, drop once (then slow), truncate, flip (a bit), reverse (all
+    bytes), or vanish (found, but gone when loaded)."""
 
     def __init__(self, processes: Processes, log: Path) -> None:
         self.does = "serve"
@@ -92,6 +92,8 @@ class Backend:
             reply, data = REPLY.pack(400, 0, 1, 2, 0, 0, 0, 0, 0), b""
         elif data and does == "flip":
             data[len(data) // 2] ^= 1
+        elif data and does == "reverse":
+            data.reverse()
         elif data and does == "truncate":
             client.sendall(reply + data[: len(data) // 2])
             raise EOFError

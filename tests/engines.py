@@ -59,7 +59,7 @@ class Engine:
         command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
         command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
-        command += ["--kv-transfer-config", json.dumps(CONNECTOR)]
+        command += ["--kv-transfer-config", json.dumps(CONNECTOR)] if CONNECTOR else []
         settings = {
             "PYTHONHASHSEED": "0",
             "VLLM_SERVER_DEV_MODE": "1",  # serves /reset_prefix_cache
