@@ -35,7 +35,7 @@ class Engine:
         environment: on top of the tests' own.
         host: address it listens on.
         inside: command to run it with, e.g. in another network namespace.
-        connector: vLLM's name for it.
+        connector: vLLM's name for it; None: without one.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Engine:
         environment: dict[str, str],
         host: str = "127.0.0.1",
         inside: tuple[str, ...] = (),
-        connector: str = "LMCacheConnectorV1",
+        connector: str | None = "LMCacheConnectorV1",
     ) -> None:
         self.events: list[dict[str, Any]] = []
         self._rank = rank
@@ -60,8 +60,9 @@ class Engine:
         command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
         command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
-        transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
-        command += ["--kv-transfer-config", json.dumps(transfer)]
+        if connector:
+            transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+            command += ["--kv-transfer-config", json.dumps(transfer)]
         settings = {
             "PYTHONHASHSEED": "0",
             "VLLM_SERVER_DEV_MODE": "1",  # serves /reset_prefix_cache
