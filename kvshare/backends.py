@@ -8,8 +8,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from kvshare import lmcache_config, services
+from kvshare.errors import UserError
 
 Ports = dict[str, int]
 Exports = dict[str, str]
@@ -54,12 +58,27 @@ def _mp_server(listen: str, ports: Ports, folder: Path) -> list[str]:
     # Not by LMCache, which takes ten seconds to import; its defaults.
     chunk_size = os.environ.get("LMCACHE_CHUNK_SIZE", settings.get("chunk_size", 256))
     memory = os.environ.get("LMCACHE_MAX_LOCAL_CPU_SIZE", settings.get("max_local_cpu_size", 5))
+    _check_memory(memory)
     command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", listen, "--port", str(ports["server"])]
     command += ["--chunk-size", str(chunk_size), "--l1-size-gb", str(memory)]
     command += ["--eviction-policy", "LRU"]  # KV of old policies is asked for by nobody, so it goes first
     # Both ways to move KV: the default is for GPUs only, and leaves an engine on CPU waiting to be registered.
     command += ["--supported-transfer-mode", "auto"]
     return [*command, "--http-host", "127.0.0.1", "--http-port", str(ports["http"]), "--disable-metrics"]
+
+
+def _check_memory(gib: Any) -> None:
+    """Where it cannot be pinned, the server takes all of it when it starts."""
+    free = psutil.virtual_memory().available / 2**30
+    try:
+        size = float(gib)
+    except (TypeError, ValueError):
+        size = 0.0
+    if not 0 < size < free:
+        raise UserError(
+            f"max_local_cpu_size {gib} must be a number of GiB, less than the {free:.1f} this machine has free: "
+            "set it in the LMCache config, or LMCACHE_MAX_LOCAL_CPU_SIZE"
+        )
 
 
 BACKENDS = {

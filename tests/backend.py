@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import struct
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from kvshare import backends, services
 from kvshare.errors import UserError
@@ -169,8 +171,8 @@ class MP(Backend):
         return f"tcp://127.0.0.1:{self._port}"
 
     def _command(self) -> list[str]:
-        command = backends.BACKENDS["mp"].command("127.0.0.1", {"server": self._port, "http": 0}, self._log.parent)
-        return [*command, "--l1-size-gb", str(BOUND / 2**30)]
+        with mock.patch.dict(os.environ, {"LMCACHE_MAX_LOCAL_CPU_SIZE": str(BOUND / 2**30)}):
+            return backends.BACKENDS["mp"].command("127.0.0.1", {"server": self._port, "http": 0}, self._log.parent)
 
     def check(self) -> None:
         services.check_mp_server(self._url)

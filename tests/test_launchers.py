@@ -121,7 +121,7 @@ def test_lmcache_loads_the_config(backend, capfd, monkeypatch):
     if backend == "remote":
         assert (config.remote_url, config.remote_serde, config.local_cpu) == ("lm://localhost:65432", "naive", True)
     elif backend == "mp":
-        assert (config.remote_url, config.max_local_cpu_size) == ("tcp://localhost:5555", 20)
+        assert (config.remote_url, config.max_local_cpu_size) == ("tcp://localhost:5555", 5)
     else:
         assert config.p2p_init_ports == list(range(9960, 9968))
         assert config.extra_config == {"lookup_backoff_time": 0.001}

@@ -318,11 +318,12 @@ def test_graphs_are_off(job):
 
 
 @pytest.fixture
-def mp_server(processes, tmp_path):
+def mp_server(processes, tmp_path, monkeypatch):
     """A real lmcache server, started as kvshare services does."""
     port = services.free_port()
     needs = BACKENDS["mp"]
-    command = [*needs.command("127.0.0.1", {"server": port, "http": 0}, tmp_path), "--l1-size-gb", "0.1"]
+    monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "0.1")
+    command = needs.command("127.0.0.1", {"server": port, "http": 0}, tmp_path)
     exports = needs.exports("127.0.0.1", {"server": port}, tmp_path)
     process = processes.start(command, tmp_path / "log")
     services.wait_healthy("lmcache server", process, lambda: needs.check(exports), tmp_path / "log")

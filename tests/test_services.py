@@ -25,7 +25,8 @@ def command(*arguments, **more):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "0.1")
     yield tmp_path / "services"
     for backend in BACKENDS:
         background.down(backend, tmp_path / "services")
@@ -130,9 +131,17 @@ def test_mp_server_is_started_with_what_the_config_says(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("chunk_size: 512\nmax_local_cpu_size: 3\n")
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(tmp_path / "mine.yaml"))
     monkeypatch.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "0.5")
-    command = BACKENDS["mp"].command("127.0.0.1", {"server": 1, "http": 2}, tmp_path)
-    assert command[command.index("--chunk-size") + 1] == "512"
-    assert command[command.index("--l1-size-gb") + 1] == "0.5"
+    started = BACKENDS["mp"].command("127.0.0.1", {"server": 1, "http": 2}, tmp_path)
+    assert started[started.index("--chunk-size") + 1] == "512"
+    assert started[started.index("--l1-size-gb") + 1] == "0.5"
+
+
+@pytest.mark.parametrize("size", ["100000", "much", "0"])
+def test_mp_server_takes_no_more_than_there_is(size, tmp_path):
+    done = command("up", "--backend", "mp", cwd=tmp_path, env={**os.environ, "LMCACHE_MAX_LOCAL_CPU_SIZE": size})
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"kvshare: max_local_cpu_size {size} must be a number of GiB, less than the ")
 
 
 def test_get_chunk_size_is_what_lmcache_calls_it():
