@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
+from kvshare.upstream import installed
+
 Row = dict[str, str]
 VERL = {"verl": "==0.9.1", "ray": ">=2.49", "numpy": "<=2.2.6"}
 
@@ -34,6 +36,12 @@ FITS: dict[str, list[Row]] = {
 def problems(device: str) -> list[str]:
     """One line for each package that is missing or does not fit; empty if all do."""
     return min((_misfits(row, device) for row in FITS[device]), key=len)
+
+
+def missing(device: str) -> list[str]:
+    """The same for packages that are not there, whatever the versions of the others."""
+    row = FITS[device][-1]
+    return _misfits({package: wanted for package, wanted in row.items() if installed(package) == "unknown"}, device)
 
 
 def _misfits(row: Row, device: str) -> list[str]:

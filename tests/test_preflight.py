@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from kvshare import gsm8k, lmcache_config, policy, preflight, services, versions
 from kvshare.backends import BACKENDS
+from kvshare.errors import UserError
 from kvshare.preflight import environment as environment_check
 from kvshare.preflight import packages, prompts, recipe
 
@@ -154,6 +155,15 @@ def test_forecast_has_the_token_ids_of_the_run(job):
     steps, of = prompts.steps(checked)
     assert [ids for step in steps for ids in step] == [sent(row["raw_prompt"]) for row in dataset]
     assert of == 8
+
+
+def test_forecast_of_a_run_on_another_machine(job, environment):
+    """For GPUs, of which there are none here."""
+    found = preflight.forecast(job(device="cuda"))
+    assert (found.recipe.block_size, found.recipe.replicas) == (16, 2)
+    environment.setitem(versions.FITS, "cuda", [{"torch": "==1.0", "no-such-package": ">=1"}])
+    with pytest.raises(UserError, match="package no-such-package is missing"):
+        preflight.forecast(job(device="cuda"))
 
 
 def test_nothing_can_be_shared_is_a_warning(job, environment, tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from kvshare import versions
 from kvshare.errors import UserError
 from kvshare.forecast import Forecast
 from kvshare.preflight import backends, environment, lmcache, memory, packages, recipe
@@ -54,12 +55,14 @@ def run(job: Job) -> list[Finding]:
 
 
 def forecast(job: Job) -> Forecast:
-    """The forecast alone; needs no service, device or environment.
+    """The forecast alone; needs no service, device or environment, and fits a run on another machine.
 
     Raises:
         UserError: what it needs is wrong.
     """
-    for stage in ((packages.packages,), (recipe.config,), (lmcache.settings,), (recipe.model, recipe.data)):
+    if wrong := versions.missing(job.device):
+        raise UserError("; ".join(wrong))
+    for stage in ((recipe.config,), (lmcache.settings,), (recipe.model, recipe.data)):
         if wrong := errors([finding for check in stage for finding in _run(check, job, "error")]):
             raise UserError("; ".join(wrong))
     (found,) = _run(memory.forecast, job, "warning")

@@ -22,13 +22,14 @@ def _key(job: Job) -> Iterator[str]:
     """lm:// has room for so many characters; LMCache asserts it with each key, in its worker."""
     import torch
     from lmcache.utils import CacheEngineKey
-    from lmcache.v1.protocol import MAX_KEY_LENGTH
+    from lmcache.v1 import protocol
 
     model = policy.key_model_name(str(job.config.actor_rollout_ref.model.path))
     key = CacheEngineKey(model, job.world_size, job.world_size - 1, 2**64 - 1, torch.bfloat16).to_string()
-    if len(key) > MAX_KEY_LENGTH:
+    room = getattr(protocol, "MAX_KEY_LENGTH", 150)  # a literal in older versions
+    if len(key) > room:
         fix = "give the model a shorter path"
-        yield f"a key of {len(key)} characters is too long for lm://, {MAX_KEY_LENGTH} fit: {fix}"
+        yield f"a key of {len(key)} characters is too long for lm://, {room} fit: {fix}"
 
 
 def service(job: Job) -> Iterator[str]:
