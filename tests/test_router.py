@@ -211,7 +211,7 @@ STORM = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(STORM)
 def test_no_request_is_lost_and_loads_return_to_zero(storm):
     async def test(router, servers):

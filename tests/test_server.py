@@ -268,7 +268,7 @@ def test_malformed_stream(running, stream, how):
     running.check()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from([_put(9, b"data"), _raw(2, 0), _request(ClientCommand.HEALTH)]), max_size=3),
     st.binary(max_size=400) | st.tuples(st.integers(-2, 6), st.integers(-9, 999)).map(lambda pair: _raw(*pair)),
