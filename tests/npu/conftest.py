@@ -21,6 +21,7 @@ import wrapt
 from kvshare import vllm_plugin
 
 VLLM_ASCEND = Path(sys.prefix) / "vllm-ascend"
+NOT_ON_ASCEND = "kvshare.lmcache_mp"  # the multi-process server: docs/backends.md
 os.environ["PYTHONHASHSEED"] = "0"
 
 
@@ -62,5 +63,5 @@ def wraps(request) -> list[tuple[types.ModuleType, str]]:
 
 def hooked() -> list[str]:
     """Modules that the plugin has hooks for, of those that can be here."""
-    names = [module for module, _ in vllm_plugin._HOOKS]
+    names = [module for module, hook in vllm_plugin._HOOKS if not hook.startswith(NOT_ON_ASCEND)]
     return [name for name in names if os.environ.get("LMCACHE_ASCEND") or not name.startswith("lmcache_ascend")]

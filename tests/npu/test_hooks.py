@@ -38,10 +38,10 @@ USED = {
     "lmcache.integration.vllm.vllm_v1_adapter:RequestTracker": "request_configs",
     "lmcache.v1.lookup_client.lmcache_lookup_client:LMCacheLookupClient": "clear_lookup_status",
     "lmcache.v1.lookup_client.lmcache_async_lookup_client:LMCacheAsyncLookupClient": "clear_lookup_status",
-    "lmcache.v1.cache_engine:LMCacheEngine": "storage_manager token_database metadata",
+    "lmcache.v1.cache_engine:LMCacheEngine": "storage_manager token_database metadata lmcache_worker config",
     "lmcache.v1.storage_backend.storage_manager:StorageManager": "storage_backends",
-    "lmcache.v1.storage_backend.local_cpu_backend:LocalCPUBackend": "hot_cache remove",
-    "lmcache.v1.storage_backend.local_disk_backend:LocalDiskBackend": "dict remove",
+    "lmcache.v1.storage_backend.local_cpu_backend:LocalCPUBackend": "hot_cache cpu_lock remove allocate",
+    "lmcache.v1.storage_backend.local_disk_backend:LocalDiskBackend": "dict disk_lock remove",
     "lmcache.v1.storage_backend.remote_backend:RemoteBackend": "connection loop exists_in_put_tasks",
     "lmcache.v1.storage_backend.connector.base_connector:RemoteConnector": "full_chunk_size_bytes",
     "lmcache.v1.memory_management:MemoryObj": (
@@ -91,7 +91,10 @@ def test_lmcache_ascend_replaces_none_of_them(wraps, lmcache_ascend):
     tree = ast.parse((lmcache_ascend / "__init__.py").read_text())
     targets = [ast.unparse(t) for node in ast.walk(tree) if isinstance(node, ast.Assign) for t in node.targets]
     replaced = {path for _, path in wraps for target in targets if target.endswith(f".{path}")}
-    assert replaced == {"CreateGPUConnector"}  # what we wrap there is for CPU
+    assert replaced == {
+        "CreateGPUConnector",  # what we wrap there is for CPU
+        "LMCacheWorker.async_put_and_wait_msg",  # cures the same stall: two event loops, one socket
+    }
 
 
 def test_vllm_ascends_schedulers_reset_as_vllms():

@@ -123,7 +123,7 @@ def test_worker_gives_back_its_local_tier(monkeypatch, passive):
     """Through LMCache's start_load_kv, which LMCache-Ascend's calls; a passive rank has no storage manager."""
     removed = []
     entries = {key: SimpleNamespace(is_pinned=key == "promised") for key in ("a", "promised", "b")}
-    tier = SimpleNamespace(hot_cache=entries, remove=removed.append)
+    tier = SimpleNamespace(hot_cache=entries, cpu_lock=threading.Lock(), remove=removed.append)
     manager = None if passive else SimpleNamespace(storage_backends={"LocalCPUBackend": tier})
     impl = adapter.LMCacheConnectorV1Impl.__new__(adapter.LMCacheConnectorV1Impl)
     monkeypatch.setattr(type(impl), "lmcache_engine", SimpleNamespace(storage_manager=manager), raising=False)
@@ -145,7 +145,7 @@ def test_ascends_engine_reports_its_stores(lmcache_ascend, monkeypatch):
     monkeypatch.setattr(events, "sender", lambda: SimpleNamespace(send=sent.append))
     engine = AscendLMCacheEngine.__new__(AscendLMCacheEngine)
     engine.token_database = database()
-    engine.metadata = engine.token_database.metadata
+    engine.metadata, engine.lmcache_worker = engine.token_database.metadata, None
     monkeypatch.setattr(engine, "_log_kvcache_for_check", lambda **kwargs: None, raising=False)
     monkeypatch.setattr(engine, "is_frozen", lambda: True)
     configs = {policy.TAG: policy.policy_id(RUN, 1), events.REQUEST: "r"}
@@ -166,7 +166,8 @@ def test_lm_client():
 
     memory, loop = AdHocMemoryAllocator(), asyncio.new_event_loop()
     replica = database()
-    local = SimpleNamespace(config=replica.config, metadata=replica.metadata, allocate=memory.allocate)
+    local = SimpleNamespace(config=replica.config, metadata=replica.metadata)
+    local.allocate = lambda *what, busy_loop: memory.allocate(*what)
     local.config.blocking_timeout_secs = 5
     (_, _, key), (_, _, other), _ = replica.process_tokens(TOKENS, request_configs={policy.TAG: "p"})
     with server._listen("127.0.0.1", 0, Store(1 << 28), None) as listening:
