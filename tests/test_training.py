@@ -7,7 +7,7 @@ import pytest
 from kvshare.demo import Demo, failures
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "gae"])
+@pytest.mark.parametrize("estimator", ["grpo", pytest.param("gae", marks=pytest.mark.slow)])
 def test_two_steps(tmp_path, monkeypatch, pytestconfig, estimator):
     monkeypatch.setenv("ADV_ESTIMATOR", estimator)
     backend = pytestconfig.getoption("backend")
