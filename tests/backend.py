@@ -28,7 +28,7 @@ class Backend:
     """A server process on a port of its own.
 
     ``does`` says how a proxy before it behaves, if the backend has one: serve, refuse, hang, slow, drop once (then
-    slow), truncate, flip (a bit), reverse (all bytes), or vanish (found, but gone when loaded).
+    slow), truncate, flip (a bit), or vanish (found, but gone when loaded).
     """
 
     connector: str  # vLLM's name for it
@@ -148,8 +148,6 @@ class Remote(Backend):
             reply, data = REPLY.pack(400, 0, 1, 2, 0, 0, 0, 0, 0), b""
         elif data and does == "flip":
             data[len(data) // 2] ^= 1
-        elif data and does == "reverse":
-            data.reverse()
         elif data and does == "truncate":
             client.sendall(reply + data[: len(data) // 2])
             raise EOFError
