@@ -4,7 +4,8 @@ LMCache 0.5.6 takes what the first replica with the first chunk has, and no more
 without end, under a lock that every other connection needs, or raises, and then nobody answers the scheduler. And it
 gives the memory that it has asked a replica to write into back when it is tired of waiting, while that replica may
 still write: what is there next would be overwritten with KV of other tokens. And when there is no memory to load into
-it sleeps on the event loop until there is, so it serves nobody.
+it sleeps on the event loop until there is, so it serves nobody. NIXL's thread asks the network for news without a
+pause: one core for each worker, busy or not (NIXL 1.5.1).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 AVOID_SECONDS = 5.0
 """How long a replica that did not answer is left alone. The controller forgets one that is gone in ten."""
 
+PROGRESS_MICROSECONDS = 1000
+"""The longest NIXL's thread sleeps; the network wakes it earlier."""
+
 
 def mend_backend(module: Any) -> None:
     wrap(module, "P2PBackend.__init__", _init, "config", "local_cpu_backend")
@@ -33,8 +37,23 @@ def mend_backend(module: Any) -> None:
     wrap(module, "P2PBackend._cleanup_memory_objects", _keep, "mem_objs")
 
 
+def mend_nixl(module: Any) -> None:
+    try:
+        from nixl._api import nixlBind
+    except ImportError:
+        return  # LMCache says so
+    wrap(nixlBind, "nixlAgent", _agent)
+
+
 class SetAside(Exception):
     """Memory that a replica may still write into."""
+
+
+def _agent(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    """NIXL's Python API sets 0, and with 0 its thread does not wait."""
+    config = args[1]
+    config.pthrDelay = PROGRESS_MICROSECONDS
+    return wrapped(*args, **kwargs)
 
 
 class Local(wrapt.ObjectProxy):

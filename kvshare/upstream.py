@@ -9,7 +9,14 @@ from typing import Any
 
 import wrapt
 
-KNOWN = {"lmcache": "0.4.4 - 0.5.6", "lmcache_ascend": "0.4.4", "vllm": "0.18 - 0.28", "verl": "0.9.1"}
+KNOWN = {
+    "lmcache": "0.4.4 - 0.5.6",
+    "lmcache_ascend": "0.4.4",
+    "nixl_cu12": "1.5",
+    "nixl_cu13": "1.5",
+    "vllm": "0.18 - 0.28",
+    "verl": "0.9.1",
+}
 
 
 class UpstreamChanged(RuntimeError):

@@ -28,6 +28,7 @@ _HOOKS = (
     ("lmcache.v1.cache_engine", "kvshare.lmcache_events:mend_cache_engine"),
     ("lmcache.v1.cache_controller.worker", "kvshare.lmcache_worker:mend_worker"),
     ("lmcache.v1.storage_backend.p2p_backend", "kvshare.lmcache_p2p:mend_backend"),
+    ("lmcache.v1.transfer_channel.nixl_channel", "kvshare.lmcache_p2p:mend_nixl"),
     ("lmcache.v1.storage_backend.connector.lm_connector", "kvshare.lm_connector:mend_lm_connector"),
     ("lmcache.v1.storage_backend.remote_backend", "kvshare.lmcache_events:mend_remote_backend"),
     ("lmcache.integration.vllm.lmcache_mp_connector", "kvshare.lmcache_mp:mend_connector"),

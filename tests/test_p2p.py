@@ -1,6 +1,8 @@
 """One YAML, many replicas: ids, ports, addresses, and what the real controller answers to workers of several ranks."""
 
 import asyncio
+import subprocess
+import sys
 from itertools import count
 from types import SimpleNamespace
 
@@ -102,3 +104,26 @@ def key_hash(rank):
         return SimpleNamespace(chunk_hash=chunk_hash, model_name="m")
 
     return lmcache_policy._make_key(upstream, database, (7, {policy.TAG: "run-1"}), {}).chunk_hash
+
+
+IDLE_AGENT = """
+import time
+from pathlib import Path
+from kvshare import lmcache_p2p
+lmcache_p2p.mend_nixl(None)
+from nixl._api import nixl_agent, nixl_agent_config
+threads = lambda: set(Path("/proc/self/task").iterdir())
+before = threads()
+agent = nixl_agent("idle", nixl_agent_config(backends=["UCX"]))
+waits = lambda: [int((t / "status").read_text().split("\\nvoluntary_ctxt_switches:")[1].split()[0]) for t in new]
+new = sorted(threads() - before)
+first = waits()
+time.sleep(1)
+print("waits", max(b - a for a, b in zip(first, waits())))
+"""
+
+
+def test_nixls_thread_waits_for_news():
+    """As LMCache starts it, it never does, and takes a core."""
+    done = subprocess.run([sys.executable, "-c", IDLE_AGENT], capture_output=True, text=True, check=True)
+    assert int(done.stdout.rpartition("waits")[2]) > 20
