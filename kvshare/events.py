@@ -1,20 +1,25 @@
 """Events from vLLM's worker processes to whoever started the engine, over a zmq socket on this host.
 
 An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load", …}`` (see lmcache_events).
-Sending never blocks and never raises: an event that cannot be sent at once is dropped.
+Sending never blocks and never raises: an event that cannot be sent at once is dropped. Who receives passes
+over what is no event, as anybody on this host may send.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
+import msgspec
 import zmq
 import zmq.asyncio
+
+logger = logging.getLogger(__name__)
 
 ADDRESS = "KVSHARE_EVENTS"
 """Environment variable with the zmq address events go to; unset: nobody listens, nothing is sent."""
@@ -45,6 +50,40 @@ def sender() -> Sender | None:
     return Sender(address) if address else None
 
 
+class _Event(msgspec.Struct, tag_field="op", tag=str.lower): ...
+
+
+class Ready(_Event): ...
+
+
+class _OfRequest(_Event):
+    request: str | None
+    policy: str
+
+
+class Store(_OfRequest):
+    keys: list[int]
+
+
+class Stored(_OfRequest):
+    end: int
+    seconds: float
+
+
+class Load(_OfRequest):
+    keys: list[int]
+    tokens: list[int]
+    expected: int
+    seconds: Annotated[float, msgspec.Meta(gt=0)]
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.tokens):
+            raise ValueError("as many tokens as keys")
+
+
+_decoder = msgspec.json.Decoder(Ready | Store | Stored | Load)
+
+
 class Receiver:
     """Bound to an address of its own (an abstract Unix socket: it leaves no file behind)."""
 
@@ -54,4 +93,9 @@ class Receiver:
         self._socket.bind(self.address)
 
     async def receive(self) -> dict[str, Any]:
-        return json.loads(await self._socket.recv())
+        while True:
+            message = await self._socket.recv()
+            try:
+                return msgspec.to_builtins(_decoder.decode(message))
+            except msgspec.DecodeError as error:
+                logger.warning("%s: passed over %.80r, which is no event: %s", self.address, message, error)
