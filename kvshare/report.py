@@ -53,6 +53,9 @@ def summarize(
     steps = _steps(metrics)
     floor = steps[:1] if baseline is None else _steps(baseline)
     prefill = _prefill_rate(events)
+    up = [e for e in events if e["op"] in ("degraded", "ready")]
+    degraded = {e["replica"] for e in up if e["op"] == "degraded"}
+    without = {rank for rank, op in {e["replica"]: e["op"] for e in up}.items() if op == "degraded"}
     return {
         **run,
         "replicas": replicas,
@@ -86,7 +89,8 @@ def summarize(
             "probs_diff_floor": _extreme(max, floor, DIFFERENCE),
             "floor": "first step" if baseline is None else "baseline",
         },
-        "degraded": sorted({e["replica"] for e in events if e["op"] == "degraded"}),
+        "degraded": sorted(without),
+        "late": sorted(degraded - without),
     }
 
 
@@ -184,7 +188,8 @@ def verdict(report: dict[str, Any]) -> str:
 def _verdict(report: dict[str, Any]) -> str:
     tokens = report["tokens"]
     if report["degraded"]:
-        return f"NOT SHARING: LMCache did not start in replica {', '.join(map(str, report['degraded']))}; see its log."
+        ranks = ", ".join(map(str, report["degraded"]))
+        return f"NOT SHARING: LMCache did not start in replica {ranks}, or its server never answered; see the log."
     if tokens["stale_hit"]:
         return f"STALE: {tokens['stale_hit']:,} loaded tokens were computed by other weights. Please report this."
     if report.get("backend") == "no connector":
@@ -211,6 +216,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         "kvshare server": server
         and f"{server['bytes'] / 2**30:.2f} of {server['limit'] / 2**30:.2f} GiB; "
         f"{server['evicted']:,} entries evicted, {server['refused']:,} refused",
+        "LMCache": report["late"]
+        and f"came up late in replica {', '.join(map(str, report['late']))}, which shared nothing until then",
         "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
         "hit rate": report["hit_rate"] is not None and f"{report['hit_rate']:.1%} of prompt tokens were not computed",
         "time saved": _saved(report),

@@ -62,7 +62,7 @@ class KVShareServer(vLLMHttpServer):
         self._recording = asyncio.create_task(self._record_events())
         self.engine.generate = self._stamping(self.engine.generate)  # type: ignore[method-assign, assignment]
         if args.kv_transfer_config is not None:
-            await self._check_ready()
+            self._checking = asyncio.create_task(self._check_ready())
 
     async def _check_ready(self) -> None:
         try:
@@ -70,10 +70,12 @@ class KVShareServer(vLLMHttpServer):
         except TimeoutError:
             self._ledger.write("degraded")
             logger.error(
-                "replica %d shares NO KV: LMCache did not start in it (search its log for 'degraded mode'); "
-                "training goes on without sharing",
+                "replica %d shares NO KV: LMCache did not start in it, or its server does not answer (search its log "
+                "for 'degraded mode' and 'does not answer'); training goes on without sharing",
                 self.replica_rank,
             )
+            await self._ready.wait()
+            logger.error("LMCache is up in replica %d: it shares KV from here on", self.replica_rank)
 
     # -- the policy ---------------------------------------------------------------------------
 
@@ -174,19 +176,21 @@ class KVShareServer(vLLMHttpServer):
 
     async def _record_events(self) -> None:
         while True:
-            event = await self._events.receive()
-            op, request = event.pop("op"), event.get("request") or ""
-            if op == "ready":
-                self._ready.set()
-            elif op == "stored":
-                self._rates.stored(event["seconds"])
-                self._prefixes.stored(request, event["end"])
-            else:
-                if op == "store":
-                    self._prefixes.storing(request)
-                elif event["tokens"]:
-                    self._rates.loaded(sum(event["tokens"]), event["seconds"])
-                self._ledger.write(op, **event)
+            self._record(await self._events.receive())
+
+    def _record(self, event: dict[str, Any]) -> None:
+        op, request = event.pop("op"), event.get("request") or ""
+        if op == "ready":
+            self._ready.set()
+        elif op == "store":
+            self._prefixes.storing(request)
+        elif op == "stored":
+            self._rates.stored(event["seconds"])
+            self._prefixes.stored(request, event["end"])
+            return
+        elif event["tokens"]:
+            self._rates.loaded(sum(event["tokens"]), event["seconds"])
+        self._ledger.write(op, **event)
 
     async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
         """For the router: whether others can find the prefix (the last of ``chunk_digests``), once that is clear.

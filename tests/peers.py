@@ -46,7 +46,7 @@ class Peer:
     def __init__(self, processes, controller, rank, log, **more):
         address = f"ipc://@kvshare-peer-{uuid4().hex}"
         command = [sys.executable, str(Path(__file__).with_name("peer.py")), address]
-        settings = {"PYTHONHASHSEED": "0", "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.05"}  # pages are soon used again
+        settings = {"PYTHONHASHSEED": "0", "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.03"}  # pages are soon used again
         self._process = processes.start(command, log, settings | environment(controller, rank) | more)
         self._processes, self._log = processes, log
         self._socket = zmq.Context.instance().socket(zmq.REQ)

@@ -129,6 +129,14 @@ def test_verdict(events, words):
     assert words in report.verdict(report.summarize(events, [], RUN))
 
 
+def test_replica_whose_lmcache_comes_late_is_said_to_share():
+    up = [{"op": op, "time": time, "replica": 1} for time, op in enumerate(["degraded", "ready", "ready"])]
+    result = report.summarize(up, [], RUN)
+    assert (result["degraded"], result["late"]) == ([], [1])
+    assert "came up late in replica 1" in markdown.render(result)
+    assert report.summarize([*up, {**up[0], "time": 9}], [], RUN)["degraded"] == [1]  # it was started again
+
+
 def test_report_of_a_killed_run(tmp_path):
     (tmp_path / "run.json").write_text('{"backend": "remote", "device": "cpu", "replicas": 2}')
     (tmp_path / "events-0.jsonl").write_text('{"op": "request", "time": 1, "replica": 0, "policy": "p", "pro')

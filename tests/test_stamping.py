@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from kvshare import events, policy, verl_server
+from kvshare.ledger import Ledger, Reader
 from kvshare.prefixes import StoredPrefixes
 from kvshare.rates import Rates
 from kvshare.verl_server import KVShareReplica, KVShareServer, _salted, _server_class, _tag
@@ -70,6 +71,25 @@ def test_update_without_global_steps_is_not_silent(server, monkeypatch):
         server._warn_if_updating()
     assert len(warnings) == 1
     assert "share no KV until verl calls set_global_steps" in warnings[0]
+
+
+def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypatch, tmp_path):
+    errors = []
+    monkeypatch.setattr(verl_server, "READY_SECONDS", 0.01)
+    monkeypatch.setattr(verl_server.logger, "error", lambda text, *args: errors.append(text % args))
+    server._ready, server._ledger = asyncio.Event(), Ledger(0, str(tmp_path))
+
+    async def scenario():
+        checking = asyncio.create_task(server._check_ready())
+        await asyncio.sleep(0.1)
+        assert len(errors) == 1
+        assert "replica 0 shares NO KV" in errors[0]
+        server._record({"op": "ready"})
+        await checking
+
+    asyncio.run(scenario())
+    assert "it shares KV from here on" in errors[1]
+    assert [event["op"] for event in Reader(tmp_path).read()] == ["degraded", "ready"]
 
 
 class _Engine:
