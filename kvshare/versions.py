@@ -19,7 +19,7 @@ FITS: dict[str, list[Row]] = {
         {"torch": "==2.13.*", "vllm": "==0.28.*", "lmcache": "==0.5.6", "transformers": ">=5.10.4,<5.11", **VERL},
     ],
     "cuda": [
-        # verl 0.9.1's own pins. LMCache's wheels from 0.5.4 do not load their CUDA code with torch 2.11, which preflight
+        # verl 0.9.1's own pins. LMCache's wheels from 0.5.4 do not load their CUDA code with torch 2.11, as preflight
         # says; built with it they do.
         {"torch": "==2.11.*", "vllm": "==0.24.*", "lmcache": ">=0.5.2,<=0.5.6", "transformers": "<5.11", **VERL},
         {"torch": "==2.13.*", "vllm": ">=0.27,<0.29", "lmcache": ">=0.5.4,<=0.5.6", "transformers": "<5.11", **VERL},
