@@ -46,9 +46,9 @@ class Peer:
     def __init__(self, processes, controller, rank, log, **more):
         address = f"ipc://@kvshare-peer-{uuid4().hex}"
         command = [sys.executable, str(Path(__file__).with_name("peer.py")), address]
-        settings = {"PYTHONHASHSEED": "0", "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.03"}  # pages are soon used again
+        settings = {"PYTHONHASHSEED": "0", "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.05"}  # pages are soon used again
         self._process = processes.start(command, log, settings | environment(controller, rank) | more)
-        self._processes, self._log = processes, log
+        self._processes, self.log = processes, log
         self._socket = zmq.Context.instance().socket(zmq.REQ)
         self._socket.connect(address)
 
@@ -65,5 +65,5 @@ class Peer:
     def _ask(self, command, number):
         self._socket.send_json([command, number])
         while not self._socket.poll(500):
-            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            assert self._process.poll() is None, self.log.read_text()[-3000:]
         return self._socket.recv_json()
