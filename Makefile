@@ -49,7 +49,7 @@ routing: .venv/dev
 # Faults on live engines, and a server that dies and comes back under verl: docs/reliability.md.
 faults: .venv/dev
 	$(BIN)/pytest -s tests/test_faults.py tests/test_server.py tests/faults.py
-	$(BIN)/pytest -s --backend mp tests/test_faults.py
+	$(BIN)/pytest -s --backend mp tests/test_faults.py tests/faults.py -k "not soak"
 
 # The forecast against what runs under verl measured, about 15 minutes.
 forecast: .venv/dev
