@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p demo-mp install test test-npu freshness routing faults p2p bench forecast wheel lint lock clean
+.PHONY: demo demo-p2p demo-mp install test test-npu freshness routing faults p2p bench forecast verify wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -54,6 +54,10 @@ faults: .venv/dev
 # The forecast against what runs under verl measured, about 15 minutes.
 forecast: .venv/dev
 	$(BIN)/pytest -s tests/forecast.py
+
+# kvshare verify on engines that are set up wrong, each in its way, about 6 minutes.
+verify: .venv/dev
+	$(BIN)/pytest -s tests/verify.py
 
 # The wheel in an environment of its own.
 wheel: .venv/dev

@@ -14,12 +14,11 @@ from uuid import uuid4
 
 import aiohttp
 
-from kvshare import events, policy
+from kvshare import endpoint, events, policy
 from kvshare.errors import UserError
 
 Prompt = list[int]
 POLICY = policy.policy_id(policy.new_run(), 0)  # of all requests: the weights do not change
-IDS = range(300, 1500)  # of prompt tokens: every vocabulary has them, and they are no special ones
 
 COUNTERS = {  # of vLLM, tokens of prompts
     "prompt": "vllm:prompt_tokens_total",
@@ -100,11 +99,10 @@ class Endpoint:
     async def counted(self) -> dict[str, int]:
         """Tokens so far, by ``COUNTERS``."""
         async with self._session.get(f"{self.url}/metrics") as response:
-            lines = (await response.text()).splitlines()
-        found = {name: [line for line in lines if line.startswith(metric + "{")] for name, metric in COUNTERS.items()}
-        if not found["prompt"]:
+            found = endpoint.metrics(await response.text())
+        if COUNTERS["prompt"] not in found:
             raise ValueError("no metrics")
-        return {name: round(sum(float(line.rpartition(" ")[2]) for line in of)) for name, of in found.items()}
+        return {name: round(found.get(metric, 0)) for name, metric in COUNTERS.items()}
 
 
 @asynccontextmanager
@@ -126,4 +124,4 @@ async def sample(asked: Sequence[Endpoint], answers: Awaitable[list[Answer]]) ->
 
 def unseen(count: int, tokens: int) -> list[Prompt]:
     rng = random.Random(uuid4().int)
-    return [rng.choices(IDS, k=tokens + 1) for _ in range(count)]
+    return [rng.choices(endpoint.IDS, k=tokens + 1) for _ in range(count)]

@@ -151,6 +151,30 @@ def overrides(backend: BackendOption, device: DeviceOption, as_json: Json = Fals
         print(launchers.as_bash(environment, hydra))
 
 
+@app.command()
+def verify(
+    first: Annotated[str, typer.Argument(metavar="URL", help="Of a vLLM server: it computes.")],
+    second: Annotated[str, typer.Argument(metavar="URL", help="Of another: it reads.")],
+    stamp: Annotated[str | None, typer.Option("--policy", help="Ask under this policy id.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove on two live, idle vLLM servers that the second reads what the first has computed.
+
+    Exit codes: 0 sharing, 1 not sharing, 2 cannot be asked, 3 degraded, 4 stale, 5 corrupt, 6 different weights.
+    Run it again after a weight update: what the first run left must not be served then.
+    """
+    from kvshare import verify as verification
+
+    proof = verification.verify(verification.Server(first, stamp), verification.Server(second, stamp))
+    if as_json:
+        print(json.dumps(proof.to_dict(), indent=2))
+    else:
+        for name, value in proof.facts.items():
+            out.print(f"{name:30}{value}", soft_wrap=True, highlight=False)
+        out.print(f"{proof.verdict}: {proof.why}", soft_wrap=True, highlight=False)
+    raise typer.Exit(proof.exit_code)
+
+
 def _job(backend: str, device: str, hydra: list[str]) -> Job:
     """Arguments without --config-dir are overrides for the launcher's."""
     from kvshare import launchers

@@ -47,6 +47,18 @@ def mend_remote_backend(module: Any) -> None:
     wrap(module, path, _submit_put, "keys", "memory_objs", "transfer_spec", "on_complete_callback")
 
 
+class _Loaded:
+    """Loads are of one thread, the worker's."""
+
+    tokens = 0
+
+
+def take_loaded() -> int:
+    """Tokens loaded in this worker since the last call."""
+    loaded, _Loaded.tokens = _Loaded.tokens, 0
+    return loaded
+
+
 class Puts:
     """The remote puts that one ``store()`` call has started and not seen the end of."""
 
@@ -136,9 +148,11 @@ def _retrieve(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
     began = time.monotonic()
     mask = wrapped(*args, **kwargs)
     seconds = time.monotonic() - began
-    if _reports(engine):
+    if engine.metadata.worker_id == 0:
         try:
-            _send(engine, "load", **_request(kwargs), **_loaded(engine, mask, args, kwargs), seconds=seconds)
+            _Loaded.tokens += int(mask[kwargs.get("vllm_cached_tokens", 0) :].sum())
+            if _reports(engine):
+                _send(engine, "load", **_request(kwargs), **_loaded(engine, mask, args, kwargs), seconds=seconds)
         except Exception:
             logger.exception("kvshare could not report a load; the load itself is done")
     return mask

@@ -39,6 +39,7 @@ _HOOKS = (
     ("lmcache_ascend.v1.cache_engine", "kvshare.lmcache_events:mend_ascend_engine"),
     ("lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1", "kvshare.lmcache_ascend:mend_connector"),
     ("vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector", "kvshare.lmcache_reset:mend_connector"),
+    ("vllm.distributed.kv_transfer.kv_connector.v1.lmcache_connector", "kvshare.lmcache_loads:mend_connector"),
     ("vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector", "kvshare.lmcache_mp:check_vllms"),
     ("vllm.v1.core.sched.scheduler", "kvshare.vllm_prefix_cache:mend_scheduler"),
 )

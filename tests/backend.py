@@ -16,6 +16,7 @@ from unittest import mock
 
 from kvshare import backends, services
 from kvshare.errors import UserError
+from kvshare.lm_connector import CHECKSUM
 from kvshare.processes import Processes
 
 HEADER, REPLY = struct.Struct("9i150s"), struct.Struct("9i")
@@ -28,7 +29,7 @@ class Backend:
     """A server process on a port of its own.
 
     ``does`` says how a proxy before it behaves, if the backend has one: serve, refuse, hang, slow, drop once (then
-    slow), truncate, flip (a bit), or vanish (found, but gone when loaded).
+    slow), truncate, flip (a bit), swap (its halves), or vanish (found, but gone when loaded).
     """
 
     connector: str  # vLLM's name for it
@@ -148,6 +149,9 @@ class Remote(Backend):
             reply, data = REPLY.pack(400, 0, 1, 2, 0, 0, 0, 0, 0), b""
         elif data and does == "flip":
             data[len(data) // 2] ^= 1
+        elif data and does == "swap":
+            half = (length - CHECKSUM) // 2
+            data[:half], data[half : 2 * half] = data[half : 2 * half], data[:half]
         elif data and does == "truncate":
             client.sendall(reply + data[: len(data) // 2])
             raise EOFError

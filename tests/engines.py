@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from uuid import uuid4
 
 import zmq
 
-from kvshare import events, policy, services
+from kvshare import endpoint, events, policy, services
 from kvshare.processes import Processes
 
 
@@ -83,7 +82,7 @@ class Engine:
         """Until it is healthy; fails at once, with the log's end, when it has died."""
         while True:
             try:
-                self._get("/health")
+                endpoint.get(f"{self.url}/health")
                 return self
             except OSError:
                 assert self._process.poll() is None, self.log.read_text()[-3000:]
@@ -129,11 +128,11 @@ class Engine:
 
     def metric(self, name: str) -> float:
         """Of vLLM."""
-        return _metric(self._get("/metrics"), name)
+        return endpoint.metrics(endpoint.get(f"{self.url}/metrics"))[name]
 
     def local_tier(self) -> float:
         """Bytes in LMCache's local CPU tier."""
-        return _metric(self._get("/metrics", self._worker), "lmcache:local_cache_usage")
+        return endpoint.metrics(endpoint.get(f"{self._worker}/metrics")).get("lmcache:local_cache_usage", 0)
 
     def wait_until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 30
@@ -161,19 +160,5 @@ class Engine:
             event = json.loads(socket.recv())
             self.events.append({**event, "time": time.time(), "replica": self._rank})
 
-    def _get(self, path: str, url: str | None = None) -> str:
-        with urllib.request.urlopen((url or self.url) + path, timeout=300) as response:
-            return response.read().decode()
-
     def _post(self, path: str, body: dict) -> Any:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=300) as response:
-            text = response.read()
-        return json.loads(text) if text else None
-
-
-def _metric(text: str, name: str) -> float:
-    """Sum of a Prometheus metric's samples."""
-    lines = [line for line in text.splitlines() if line.startswith((name + " ", name + "{"))]
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
+        return endpoint.post(self.url + path, body)

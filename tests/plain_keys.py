@@ -10,12 +10,12 @@ def register():
 """
 
 
-def plugin_path(folder: Path) -> str:
-    """A folder for PYTHONPATH with a vLLM plugin under which all policies share their keys."""
+def plugin_path(folder: Path, code: str = PLUGIN) -> str:
+    """A folder for PYTHONPATH with a vLLM plugin, by default one under which all policies share their keys."""
     plugin = folder / "plugin"
     info = plugin / "plain_keys-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plain-keys\nVersion: 0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nplain = plain_keys_plugin:register\n")
-    (plugin / "plain_keys_plugin.py").write_text(PLUGIN)
+    (plugin / "plain_keys_plugin.py").write_text(code)
     return str(plugin)

@@ -1,0 +1,35 @@
+"""A vLLM server's HTTP interface, asked with nothing but the standard library, and its Prometheus metrics."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections import defaultdict
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+IDS = range(300, 1500)  # of prompt tokens: every vocabulary has them, and they are no special ones
+
+
+def get(url: str, seconds: float = 300) -> str:
+    """Raises OSError: nobody answers, or (HTTPError) with an error."""
+    with urllib.request.urlopen(url, timeout=seconds) as response:
+        return response.read().decode()
+
+
+def post(url: str, body: dict[str, Any], seconds: float = 300) -> Any:
+    """What it answers, read as JSON; None if that is nothing. Raises as ``get`` does."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=seconds) as response:
+        text = response.read()
+    return json.loads(text) if text else None
+
+
+def metrics(text: str) -> dict[str, float]:
+    """Each metric's samples, added up over their labels, of what /metrics answers."""
+    sums: dict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            sums[sample.name] += sample.value
+    return dict(sums)
