@@ -130,11 +130,11 @@ def forecast(backend: BackendOption, device: DeviceOption, hydra: Hydra = None, 
     os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
     from kvshare import preflight as checks
 
-    found = checks.forecast(_job(backend, device, hydra or []))
+    found = checks.forecast(job := _job(backend, device, hydra or []))
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return
-    for name, value in found.facts().items():
+    for name, value in {**found.facts(), "memory": checks.memory.needed(job)}.items():
         out.print(f"{name:30}{value}", soft_wrap=True, highlight=False)
     out.print(found.verdict, soft_wrap=True, highlight=False)
 

@@ -3,7 +3,7 @@
 With the router each chunk that prompts of a step have in common is computed once. Each other replica that gets a
 request for it loads it, once: its own prefix cache serves the rest. A chunk that m requests have in common is
 therefore loaded min(R, m) - 1 times with R replicas; placing by load sends m requests to as many different replicas
-as there are, or very nearly (docs/routing.md).
+as there are, or very nearly (docs/routing.md). With no more answers than replicas it is an upper bound.
 """
 
 from __future__ import annotations
@@ -86,10 +86,15 @@ class Forecast:
         return self.shareable_tokens_a_step / self.prompt_tokens_a_step
 
     @property
+    def _at_most(self) -> str:
+        """Two answers may be placed on one replica: with more answers than replicas others make up for it."""
+        return "at most " if self.share >= 0.0005 and self.recipe.samples <= self.recipe.replicas else ""
+
+    @property
     def verdict(self) -> str:
         """One sentence."""
         recipe = self.recipe
-        head = f"{self.share:.1%} of prompt tokens can be shared with chunk_size {recipe.chunk_size}"
+        head = f"{self._at_most}{self.share:.1%} of prompt tokens can be shared with chunk_size {recipe.chunk_size}"
         if recipe.replicas == 1:
             return f"{head}: one replica has nobody to share with; try more devices"
         if not recipe.routed:
@@ -128,7 +133,7 @@ class Forecast:
             f"{lengths.p95:.0f}, longest {lengths.longest:,}",
             "fill a chunk": f"{lengths.fill_a_chunk:,} of {self.prompts:,} (chunk_size {self.recipe.chunk_size})",
             "prompt tokens a step": f"{total:,}",
-            "  from another replica": f"{self.shareable_tokens_a_step:,} ({self.share:.1%})",
+            "  from another replica": f"{self._at_most}{self.shareable_tokens_a_step:,} ({self.share:.1%})",
             "  within a replica": f"{self.local_tokens_a_step:,} ({self.local_tokens_a_step / total:.1%})",
             "  computed": f"{computed:,} ({computed / total:.1%})",
             "stored a step": f"{self.stored_bytes_a_step / 2**30:.2f} GiB ({self.recipe.token_bytes:,} bytes a token)",

@@ -107,6 +107,8 @@ def test_verdicts_of_recipes():
         "19.2% of prompt tokens can be shared with chunk_size 256: "
         "1,536 of 8,000 in a step, 3,968 more within a replica"
     )
+    few = forecast([step], recipe(replicas=4), of=2)
+    assert few.verdict.startswith("at most 57.6% of prompt tokens can be shared")
     alone = forecast([step], recipe(replicas=1), of=2).verdict
     assert alone.endswith("with chunk_size 256: one replica has nobody to share with; try more devices")
     assert "0.0% " in (routed := forecast([step], recipe(routed=False), of=2).verdict)

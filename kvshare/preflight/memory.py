@@ -50,12 +50,23 @@ MP_FULL = 0.8
 """Of its memory: from here on LMCache's multi-process server evicts (--eviction-trigger-watermark)."""
 
 
+def needed(job: Job) -> str:
+    """Memory that sharing takes, in one line; after ``forecast``."""
+    assert job.forecast is not None
+    settings, step = job.lmcache, f"a step stores {job.forecast.stored_bytes_a_step / 2**30:.2f} GiB"
+    if job.backend == "mp":
+        return f"{settings.max_local_cpu_size:g} GiB a host (lmcache server); {step}"
+    workers, size = job.config.trainer.n_gpus_per_node, settings.max_local_cpu_size if settings.local_cpu else 0
+    server = ", and the server's bound" if job.backend == "remote" else ""
+    return f"{workers * size:g} GiB a node ({workers} workers, {size:g} each){server}; {step}"
+
+
 def memory(job: Job) -> Iterator[str]:
     """Whether what a step stores has room where it goes."""
     if job.forecast is None or not job.shares:
         return
     stored = job.forecast.stored_bytes_a_step
-    job.facts["memory"] = f"a step stores {stored / 2**30:.2f} GiB"
+    job.facts["memory"] = needed(job)
     if job.backend != "mp":  # there it is the server's
         yield from _local_tier(job)
     status = os.environ.get(services.SERVER_STATUS)
