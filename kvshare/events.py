@@ -2,7 +2,7 @@
 
 An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load", …}`` (see lmcache_events).
 Sending never blocks and never raises: an event that cannot be sent at once is dropped. Who receives passes
-over what is no event, as anybody on this host may send.
+over what is no event, with a line in the log: anybody on this host may send.
 """
 
 from __future__ import annotations
@@ -98,4 +98,5 @@ class Receiver:
             try:
                 return msgspec.to_builtins(_decoder.decode(message))
             except msgspec.DecodeError as error:
-                logger.warning("%s: passed over %.80r, which is no event: %s", self.address, message, error)
+                # Not a warning: vLLM's API server silences all below an error in its process.
+                logger.error("%s: passed over %.80r, which is no event: %s", self.address, message, error)

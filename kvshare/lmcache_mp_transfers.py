@@ -67,7 +67,7 @@ def _watch(client: Any, health: Any) -> None:
 def _disconnected(wrapped: Any, queue: Any, args: tuple, kwargs: dict) -> None:
     health = getattr(queue, "kvshare_health", None)
     if health is not None and health.is_set():
-        logger.warning("the connection to LMCache's server is closed: KV is recomputed until it is back")
+        logger.error("the connection to LMCache's server is closed: KV is recomputed until it is back")
         health.clear()
     wrapped(*args, **kwargs)
 
@@ -170,7 +170,7 @@ def _submit(adapter: Any, name: str, submit: Callable[[], None], call: dict[str,
     future = entry[0] if isinstance(entry, tuple) else entry
     waited = time.monotonic() - began >= adapter._mq_timeout
     if waited and future.query() and not future.result(timeout=0):
-        logger.warning("LMCache's server does not answer: KV is recomputed until it does")
+        logger.error("LMCache's server does not answer: KV is recomputed until it does")
         adapter._health_event.clear()
     return future
 

@@ -141,7 +141,7 @@ async def _get(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> list[An
                 try:
                     arrived += await wrapped(lookup_id, keys[begin : begin + count], spec)
                 except MemoryError as error:
-                    logger.warning("%s", error)
+                    logger.error("%s", error)
                 except Exception as error:  # without an answer the scheduler would wait
                     peers.failed(address, error)
             if len(arrived) < begin + count:

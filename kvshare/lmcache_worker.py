@@ -131,7 +131,7 @@ async def _ask(wrapped: Any, worker: Any, args: tuple, kwargs: dict) -> Any:
     try:
         return await link(worker).ask(message)
     except zmq.ZMQError as error:
-        logger.warning("lmcache_controller did not answer: %s", error)
+        logger.error("lmcache_controller did not answer: %s", error)
         link(worker).up = False  # until the next heartbeat that is answered
         return worker._on_request_failure(message)
 

@@ -119,7 +119,7 @@ class KVShareServer(vLLMHttpServer):
     def _warn_if_updating(self) -> None:
         if self._updating and not self._warned:
             self._warned = True
-            logger.warning(
+            logger.error(
                 "replica %d generates while its weights are being updated, or after an update that set no "
                 "global_steps: these requests share no KV until verl calls set_global_steps",
                 self.replica_rank,

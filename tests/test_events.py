@@ -1,4 +1,4 @@
-"""The events socket: what is no event is one warning, and the next one comes through."""
+"""The events socket: what is no event is one line in the log, and the next one comes through."""
 
 import asyncio
 import json
@@ -63,10 +63,10 @@ def test_event_comes_as_it_was_sent(event):
     ],
     ids=lambda garbage: ascii(garbage[:40]),
 )
-def test_garbage_is_one_warning(garbage, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(events.logger, "warning", lambda text, *args: warnings.append(text % args))
+def test_garbage_is_one_line(garbage, monkeypatch):
+    errors = []
+    monkeypatch.setattr(events.logger, "error", lambda text, *args: errors.append(text % args))
     assert asyncio.run(receive(garbage, json.dumps(LOAD).encode())) == [LOAD]
-    assert len(warnings) == 1
-    assert "no event" in warnings[0]
-    assert len(warnings[0]) < 1000
+    assert len(errors) == 1
+    assert "no event" in errors[0]
+    assert len(errors[0]) < 1000

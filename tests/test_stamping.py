@@ -63,14 +63,14 @@ def test_update_without_global_steps_is_not_silent(server, monkeypatch):
     async def nothing(*args, **kwargs): ...
 
     monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", nothing)
-    warnings = []
-    monkeypatch.setattr(verl_server.logger, "warning", lambda text, *args: warnings.append(text % args))
+    errors = []
+    monkeypatch.setattr(verl_server.logger, "error", lambda text, *args: errors.append(text % args))
     server.engine = _Engine()
     asyncio.run(server.collective_rpc("reload_weights"))
     for _ in range(3):
         server._warn_if_updating()
-    assert len(warnings) == 1
-    assert "share no KV until verl calls set_global_steps" in warnings[0]
+    assert len(errors) == 1
+    assert "share no KV until verl calls set_global_steps" in errors[0]
 
 
 def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypatch, tmp_path):
