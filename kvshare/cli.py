@@ -54,7 +54,7 @@ def prepare(
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Keep this many problems of each split.")] = None,
     offline: Annotated[bool, typer.Option(help="Generate problems, do not try the hub.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of generated problems and of the tiny model.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of generated problems.")] = 0,
     tiny_model: Annotated[bool, typer.Option(help="Also make models/tiny-qwen2, for CPU.")] = False,
     model: Annotated[Path, typer.Option(help="Where the tiny model goes.")] = Path("models/tiny-qwen2"),
 ) -> None:
@@ -71,8 +71,8 @@ def prepare(
     if tiny_model:
         from kvshare import tiny_model as maker
 
-        maker.make(model, seed)
-        out.print(f"model: {model} (Qwen2, 1M random parameters, seed {seed})")
+        maker.make(model)
+        out.print(f"model: {model} (Qwen2, 1M parameters, trained on kvshare's own problems)")
 
 
 def _hub_or_generated(offline: bool, seed: int) -> tuple[dict, str]:

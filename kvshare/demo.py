@@ -18,7 +18,7 @@ from kvshare.errors import UserError
 from kvshare.processes import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOTS = 10  # worked examples before each question: prompts of 1,100 to 1,500 of the tiny model's tokens
+SHOTS = 16  # worked examples before each question: prompts of 1,100 tokens
 QUIET = {
     "LMCACHE_TRACK_USAGE": "false",
     "VLLM_NO_USAGE_STATS": "1",
@@ -86,7 +86,7 @@ class Demo:
         gsm8k.write(gsm8k.generate(train=256, test=16, seed=0), self.folder / "data", SHOTS, limit=32)
         self.say(f"data: generated word problems, {SHOTS} worked examples before each question")
         tiny_model.make(self.folder / "model")
-        self.say("model: Qwen2 with a million random parameters")
+        self.say("model: Qwen2 with a million parameters, which guesses more often than it works an answer out")
 
     def _follow(self, training: subprocess.Popen) -> Iterator[str]:
         """What happens, as it happens, until training ends."""

@@ -57,19 +57,23 @@ def to_verl(rows: list[Problem], pool: list[Problem], split: str, shots: int) ->
     for index, row in enumerate(rows):
         r = random.Random(f"{split}-{index}")
         examples = r.sample([p for p in pool if p["question"] != row["question"]], shots) if shots else []
-        texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in examples]
-        question = f"{row['question']} {INSTRUCTION}"
-        content = "\n\n".join([*texts, f"Question: {question}"]) if shots else question
         out.append(
             {
                 "data_source": "openai/gsm8k",
-                "prompt": [{"role": "user", "content": content}],
+                "prompt": [{"role": "user", "content": prompt(row, examples)}],
                 "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": final_answer(row)},
                 "extra_info": {"split": split, "index": index, "question": row["question"], "answer": row["answer"]},
             }
         )
     return out
+
+
+def prompt(row: Problem, examples: list[Problem]) -> str:
+    """The question, after worked examples."""
+    question = f"{row['question']} {INSTRUCTION}"
+    texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in examples]
+    return "\n\n".join([*texts, f"Question: {question}"]) if examples else question
 
 
 def final_answer(row: Problem) -> str:

@@ -1,7 +1,11 @@
-"""Word problems in GSM8K's format, from a seed: for machines that reach neither the data set nor a hub."""
+"""Word problems in GSM8K's format, from a seed: for machines that reach neither the data set nor a hub.
+
+One operation each, on numbers that a model of a million parameters can learn (tiny_model.py).
+"""
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Iterator
 
@@ -21,60 +25,62 @@ PLACES = [
 ]
 
 
-def _shopping(r: random.Random) -> Problem:
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+
+
+def worked(before: str, first: int, sign: str, second: int, after: str) -> str:
+    """An answer in GSM8K's form, its calculator annotation included."""
+    result = OPERATIONS[sign](first, second)
+    return f"{before} {first} {sign} {second} = <<{first}{sign}{second}={result}>>{result} {after}.\n#### {result}"
+
+
+def _buying(r: random.Random) -> Problem:
     name, thing, place = r.choice(NAMES), r.choice(THINGS), r.choice(PLACES)
-    packs, each, gave = r.randint(3, 12), r.randint(4, 15), r.randint(2, 10)
-    total = packs * each
-    left = total - gave
+    packs, each = _number(r), _number(r)
     return {
         "question": f"{name} goes to the {place} and buys {packs} packs of {thing}. Each pack has {each} {thing}. "
-        f"On the way home {name} gives {gave} {thing} to a friend. How many {thing} does {name} have left?",
-        "answer": f"{name} buys {packs} * {each} = <<{packs}*{each}={total}>>{total} {thing}.\n"
-        f"After giving {gave} away, {total} - {gave} = <<{total}-{gave}={left}>>{left} {thing} are left.\n#### {left}",
+        f"How many {thing} does {name} have now?",
+        "answer": worked(f"{name} has", packs, "*", each, f"{thing} now"),
     }
 
 
-def _wages(r: random.Random) -> Problem:
-    name, place = r.choice(NAMES), r.choice(PLACES)
-    hours, pay, days, spent = r.randint(2, 9), r.randint(8, 25), r.randint(3, 6), r.randint(10, 40)
-    daily, total = hours * pay, hours * pay * days
+def _giving(r: random.Random) -> Problem:
+    (first, second), thing, place = r.sample(NAMES, 2), r.choice(THINGS), r.choice(PLACES)
+    gave = _number(r)
+    had = gave + _number(r)
     return {
-        "question": f"{name} works at the {place} for {hours} hours a day and earns ${pay} an hour. "
-        f"After {days} days {name} spends ${spent} on lunch. How many dollars does {name} have then?",
-        "answer": f"{name} earns {hours} * {pay} = <<{hours}*{pay}={daily}>>{daily} dollars a day.\n"
-        f"In {days} days that is {daily} * {days} = <<{daily}*{days}={total}>>{total} dollars.\n"
-        f"After lunch {total} - {spent} = <<{total}-{spent}={total - spent}>>{total - spent} dollars remain.\n"
-        f"#### {total - spent}",
+        "question": f"{first} has {had} {thing}. On the way to the {place} {first} gives {gave} {thing} to {second}. "
+        f"How many {thing} does {first} have left?",
+        "answer": worked(f"{first} has", had, "-", gave, f"{thing} left"),
+    }
+
+
+def _adding(r: random.Random) -> Problem:
+    (first, second), thing, place = r.sample(NAMES, 2), r.choice(THINGS), r.choice(PLACES)
+    one, other = _number(r), _number(r)
+    return {
+        "question": f"{first} has {one} {thing} and {second} brings {other} more to the {place}. "
+        f"How many {thing} do {first} and {second} have together?",
+        "answer": worked("Together they have", one, "+", other, thing),
     }
 
 
 def _sharing(r: random.Random) -> Problem:
-    first, second = r.sample(NAMES, 2)
-    thing, people, share, extra = r.choice(THINGS), r.randint(3, 9), r.randint(4, 14), r.randint(5, 20)
-    total = people * share
+    name, thing, place = r.choice(NAMES), r.choice(THINGS), r.choice(PLACES)
+    children = _number(r)
+    total = children * _number(r)
     return {
-        "question": f"{first} has {total - extra} {thing} and {second} brings {extra} more. They divide all of the "
-        f"{thing} equally among {people} children. How many {thing} does each child get?",
-        "answer": f"Together that is {total - extra} + {extra} = <<{total - extra}+{extra}={total}>>{total} {thing}.\n"
-        f"Each child gets {total} / {people} = <<{total}/{people}={share}>>{share} {thing}.\n"
-        f"#### {share}",
+        "question": f"{name} brings {total} {thing} to the {place} and divides all of them equally among {children} "
+        f"children. How many {thing} does each child get?",
+        "answer": worked("Each child gets", total, "/", children, thing),
     }
 
 
-def _travel(r: random.Random) -> Problem:
-    name, a, b = r.choice(NAMES), *r.sample(PLACES, 2)
-    speed, hours, walk = r.randint(12, 30), r.randint(2, 6), r.randint(1, 9)
-    ride = speed * hours
-    return {
-        "question": f"{name} rides a bicycle from the {a} to the {b} at {speed} kilometers an hour. The ride takes "
-        f"{hours} hours. Then {name} walks another {walk} kilometers. How many kilometers is the whole way?",
-        "answer": f"The ride is {speed} * {hours} = <<{speed}*{hours}={ride}>>{ride} kilometers.\n"
-        f"With the walk it is {ride} + {walk} = <<{ride}+{walk}={ride + walk}>>{ride + walk} kilometers.\n"
-        f"#### {ride + walk}",
-    }
+def _number(r: random.Random) -> int:
+    return r.randint(2, 9)
 
 
-KINDS: tuple[Callable[[random.Random], Problem], ...] = (_shopping, _wages, _sharing, _travel)
+KINDS: tuple[Callable[[random.Random], Problem], ...] = (_buying, _giving, _adding, _sharing)
 
 
 def problems(seed: int) -> Iterator[Problem]:
