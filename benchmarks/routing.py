@@ -97,8 +97,10 @@ class Engine:
             await asyncio.sleep(remote / LOAD)
             self._rates.loaded(remote, remote / LOAD)
         missing = len(prompt) - len(known) * CHUNK
+        asked = asyncio.get_running_loop().time()
         await asyncio.sleep(missing / PREFILL)
-        self._rates.prefilled(len(prompt), len(prompt) / PREFILL)
+        if missing:
+            self._rates.prefilled(missing, asked, asked + missing / PREFILL)
         self.computed += len(chunks) - len(known)
         self._local |= set(chunks)
         self._prefixes.first_token(request, len(known) * CHUNK)

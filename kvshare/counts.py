@@ -12,8 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-from kvshare.rates import Rates
-
 Event = dict[str, Any]
 Stored = MutableMapping[int, set[tuple[int, str]]]
 """Who stored each key, under which policy: replica and policy id."""
@@ -101,11 +99,9 @@ def hit_rate(count: dict[str, int]) -> float | None:
     return 1 - count["computed"] / count["prompt"] if count["prompt"] else None
 
 
-def time_prefills(rates: Rates, events: Iterable[Event]) -> None:
-    """Tell ``rates`` of the prompts that were computed whole, in the order of ``events``."""
-    for event in events:
-        if event["op"] == "request" and not event["cached"] and event.get("first_token"):
-            rates.prefilled(event["prompt"], event["first_token"])
+def fastest_prefill(events: Iterable[Event]) -> float | None:
+    """Tokens a second that an engine was seen to compute; None: not known."""
+    return max((e["prefill"] for e in events if e["op"] == "request" and e.get("prefill")), default=None)
 
 
 def time_saved(events: Iterable[Event], prefill: float | None) -> float | None:
@@ -115,7 +111,7 @@ def time_saved(events: Iterable[Event], prefill: float | None) -> float | None:
     run is shorter by at most that, divided by the replicas that loaded at the same time.
 
     Args:
-        prefill: tokens a second, the fastest seen (rates.py), so that this is a lower bound; None: not known.
+        prefill: ``fastest_prefill``, so that this is a lower bound.
     """
     if prefill is None:
         return None

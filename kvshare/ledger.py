@@ -6,7 +6,7 @@ Lines of the file (``report.py`` reads them; tokens are counts, keys are LMCache
 * ``{"op": "load", "policy": P, "request": R, "keys": […], "tokens": [per key], "expected": tokens promised,
   "seconds": it took}``
 * ``{"op": "request", "policy": P, "prompt": tokens, "cached": tokens vLLM did not schedule,
-  "first_token": seconds until it was there}``
+  "prefill": tokens a second that the engine computed until the first token}``
 * ``{"op": "routing", …}``: the router's counters so far (``events-router.jsonl``)
 * ``{"op": "step", "step": N, "server": its status or null}``: verl has logged step N (``events-trainer.jsonl``)
 

@@ -27,9 +27,18 @@ class Rates:
     def __init__(self) -> None:
         self._prefill, self._load, self._delay, self._decode = (deque[float](maxlen=64) for _ in range(4))
         self._response = deque[int](maxlen=256)
+        self._prompts = deque[tuple[int, float, float]](maxlen=256)
 
-    def prefilled(self, tokens: int, seconds: float) -> None:
-        self._prefill.append(tokens / seconds)
+    def prefilled(self, tokens: int, asked: float, answered: float) -> float:
+        """Tokens computed of a prompt, from when it was asked to its first token, by any clock; returns the rate.
+
+        What the engine computed of others meanwhile counts too: on a busy one a request waits for many.
+        """
+        self._prompts.append((tokens, asked, answered))
+        meanwhile = sum(_share(prompt, asked, answered) for prompt in self._prompts)
+        rate = meanwhile / (answered - asked)
+        self._prefill.append(rate)
+        return rate
 
     def loaded(self, tokens: int, seconds: float) -> None:
         self._load.append(tokens / seconds)
@@ -51,6 +60,12 @@ class Rates:
             "decode": _best(max, self._decode),
             "response": sum(self._response) / len(self._response) if self._response else None,
         }
+
+
+def _share(prompt: tuple[int, float, float], begin: float, end: float) -> float:
+    """How many of a prompt's tokens were computed between two times, if it went on evenly."""
+    tokens, asked, answered = prompt
+    return tokens * max(0.0, min(end, answered) - max(begin, asked)) / (answered - asked)
 
 
 def _best(choose: Callable[[deque[float]], float], seen: deque[float]) -> float | None:

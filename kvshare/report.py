@@ -14,7 +14,6 @@ from kvshare.counts import Event
 from kvshare.errors import UserError
 from kvshare.ledger import Reader, objects
 from kvshare.policy import is_private
-from kvshare.rates import Rates
 
 ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
 STEP = "training/global_step"  # all of verl's trainers log it once a step; a validation lacks it
@@ -52,7 +51,7 @@ def summarize(
     replicas = max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0)
     steps = _steps(metrics)
     floor = steps[:1] if baseline is None else _steps(baseline)
-    prefill = _prefill_rate(events)
+    prefill = counts.fastest_prefill(events)
     up = [e for e in events if e["op"] in ("degraded", "ready")]
     degraded = {e["replica"] for e in up if e["op"] == "degraded"}
     without = {rank for rank, op in {e["replica"]: e["op"] for e in up}.items() if op == "degraded"}
@@ -105,12 +104,6 @@ def _shared(events: list[Event], stored: counts.Stored) -> dict[str, Any]:
         "hit_rate": counts.hit_rate(count),
         "prefill_amplification": counts.amplification(counts.stored_by(events)),
     }
-
-
-def _prefill_rate(events: list[Event]) -> float | None:
-    rates = Rates()
-    counts.time_prefills(rates, events)
-    return rates.pace()["prefill"]
 
 
 def _by_policy(events: list[Event]) -> dict[str, list[Event]]:

@@ -139,14 +139,14 @@ class KVShareServer(vLLMHttpServer):
             prompt = _salted(prompt, stamp)
             _tag(sampling_params, stamp, request_id)
             self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
-            output, began, answered = None, time.monotonic(), 0.0
+            output, asked, answered, prefill = None, time.monotonic(), 0.0, None
             try:
                 async for output in generate(
                     prompt=prompt, sampling_params=sampling_params, request_id=request_id, **kwargs
                 ):
                     if not answered:
                         answered = time.monotonic()
-                        self._answers(request_id, output, answered - began)
+                        prefill = self._answers(request_id, output, asked, answered)
                     yield output
             finally:
                 self._prefixes.ended(request_id)
@@ -155,8 +155,7 @@ class KVShareServer(vLLMHttpServer):
                     cached = output.num_cached_tokens or 0
                     tokens = sum(len(o.token_ids) for o in output.outputs)
                     self._rates.answered(tokens, time.monotonic() - answered)
-                    first = round(answered - began, 4)
-                    self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached, first_token=first)
+                    self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached, prefill=prefill)
 
         return stamped
 
@@ -164,13 +163,12 @@ class KVShareServer(vLLMHttpServer):
         chunks = chunk_digests(ids, self._chunk_size)
         return Prefill(stamp, chunks[-1] if chunks else "", len(chunks) * self._chunk_size)
 
-    def _answers(self, request_id: str, output: Any, seconds: float) -> None:
-        """The first token is there, after ``seconds``."""
+    def _answers(self, request_id: str, output: Any, asked: float, answered: float) -> float:
+        """The first token is there; returns the tokens a second that were computed since it was asked."""
         cached = output.num_cached_tokens or 0
-        if not cached:
-            self._rates.prefilled(len(output.prompt_token_ids or ()), seconds)
         # Without LMCache nothing is ever stored, and nobody need wait for it.
         self._prefixes.first_token(request_id, cached if self._ready.is_set() else sys.maxsize)
+        return self._rates.prefilled(len(output.prompt_token_ids or ()) - cached, asked, answered)
 
     # -- what was shared ----------------------------------------------------------------------
 

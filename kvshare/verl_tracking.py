@@ -17,7 +17,6 @@ from cachetools import LRUCache
 
 from kvshare import counts, services
 from kvshare.ledger import RUN_DIR, Ledger, Reader
-from kvshare.rates import Rates
 from kvshare.report import STEP, not_seen
 from kvshare.upstream import UpstreamChanged, wrap
 
@@ -65,16 +64,16 @@ class Steps:
         self._run = _read(folder / "run.json")
         self._seen: set[int] = set()
         self._stored: counts.Stored = LRUCache(maxsize=REMEMBERED)
-        self._rates = Rates()
+        self._prefill: float | None = None
 
     def step(self, number: int) -> tuple[dict[str, float], str]:
         """What replicas have done since the last step: metrics and a line about them."""
         events = counts.of_replicas(self._reader.read())
         self._seen |= {event["replica"] for event in events}
         counts.remember(self._stored, events)
-        counts.time_prefills(self._rates, events)
+        self._prefill = max(filter(None, [self._prefill, counts.fastest_prefill(events)]), default=None)
         self._ledger.write("step", step=number, server=services.server_status(self._run.get("server_status")))
-        metrics = counts.metrics(events, self._stored, self._rates.pace()["prefill"])
+        metrics = counts.metrics(events, self._stored, self._prefill)
         metrics["replicas_seen"] = len(self._seen)
         unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in self._seen]
         return {f"kvshare/{name}": value for name, value in metrics.items()}, describe(number, metrics, unseen)

@@ -1,4 +1,4 @@
-"""The A/B of docs/freshness.md (`make freshness`, about 20 minutes): is staleness visible under verl, and is it gone?
+"""The A/B of docs/freshness.md (`make freshness`, about 12 minutes): is staleness visible under verl, and is it gone?
 
 Three GRPO runs on the same seed, data and lmcache_server, two replicas each: no connector (the noise
 floor), LMCache's keys as they are upstream, and kvshare's. Ours also validates, and resumes from a
@@ -53,7 +53,8 @@ def _print(folder, results):
 
 
 def mismatch(runs):
-    return max(run["mismatch"]["probs_diff_max"] for run in runs)
+    """How far the correlation is from 1; float32 knows no less than 6e-8."""
+    return max(1 - run["mismatch"]["pearson_min"] for run in runs) + 1e-7
 
 
 def test_ours_is_within_the_noise(arms):
@@ -66,5 +67,5 @@ def test_ours_is_within_the_noise(arms):
 
 def test_plain_keys_are_stale(arms):
     """So the comparison can see it."""
-    assert mismatch(arms["plain keys"]) > 1000 * mismatch(arms["no connector"])
+    assert mismatch(arms["plain keys"]) > 100 * mismatch(arms["no connector"])
     assert sum(run["tokens"]["stale_hit"] for run in arms["plain keys"]) > 0
