@@ -18,7 +18,7 @@ def demo(folder):
 
 def long_unique_prompts(folder):
     """Other prompts in each step, of some 2,600 tokens, eight answers to each."""
-    gsm8k.write(gsm8k.generate(train=256, test=16, seed=3), folder, shots=20, limit=16)
+    gsm8k.write(gsm8k.generate(train=256, test=16, seed=3), folder, shots=38, limit=16)
     return [
         *(f"data.train_files='{folder}/train.parquet'", "data.train_max_samples=-1", "data.max_prompt_length=3072"),
         *(f"{ROLLOUT}.n=8", f"{ROLLOUT}.max_model_len=3584"),
