@@ -174,10 +174,12 @@ def test_nothing_can_be_shared_is_a_warning(job, environment, tmp_path):
     assert "one replica" in warnings(job("trainer.n_gpus_per_node=1"))["forecast"]
 
 
-def test_no_prompt_is_left(job):
-    assert warnings(job("data.max_prompt_length=100")) == {
-        "forecast": "every prompt is longer than data.max_prompt_length 100: raise it"
-    }
+def test_too_few_prompts_for_a_step(job):
+    assert errors(job("data.max_prompt_length=100")) == [
+        "0 of 4 prompts have at most data.max_prompt_length 100 tokens, a step needs data.train_batch_size 4: "
+        "raise the first, lower the second, or give more data"
+    ]
+    assert errors(job("data.train_batch_size=5"))[0].startswith("4 of 4 prompts have at most")
 
 
 def test_bound_that_is_too_small_is_a_warning(job, environment, tmp_path):

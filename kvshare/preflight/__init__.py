@@ -2,8 +2,8 @@
 
 A check is a function of the Job that yields one line for each thing to mend: what is wrong, where, and what to
 do. Its name is its row in the table; ``job.facts[name]`` is what the row says when all is well. A new check goes
-into the module of its subject and into STAGES (it stops the run) or WARNINGS; what only one backend needs goes
-into the module of that backend, and a new backend is a module in BACKENDS.
+into the module of its subject and into STAGES (it stops the run) or WARNINGS (so does a UserError it raises); what only
+one backend needs goes into the module of that backend, and a new backend is a module in BACKENDS.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def _run(check: Check, job: Job, level: str) -> list[Finding]:
     try:
         lines += list(check(job))
     except UserError as error:
+        level = "error"
         lines.append(str(error))
     except Exception as error:  # a value nobody thought of: one line all the same
         lines.append(f"check of {name} failed: {type(error).__name__}: {one_line(error)}")

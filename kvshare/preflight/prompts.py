@@ -19,7 +19,7 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     """Prompts of the first steps, as token ids, and how many prompts the data has.
 
     Raises:
-        UserError: there is none.
+        UserError: there are too few for one step, which verl ends with a ZeroDivisionError.
     """
     from datasets import disable_progress_bars
     from omegaconf import OmegaConf
@@ -34,15 +34,19 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
         dataset = create_rl_dataset(
             data.train_files, data, model.tokenizer, model.processor, max_samples=data.get("train_max_samples", -1)
         )
-    size = min(data.train_batch_size, len(dataset))
+    size = data.train_batch_size
     found: list[list[list[int]]] = []
+    left = 0
     prompts = (ids for ids in _tokenized(dataset, model, data) if len(ids) <= data.max_prompt_length)
     while sum(len(ids) for step in found for ids in step) < ENOUGH and (step := list(islice(prompts, size))):
         found.append(step)
+    if found and len(found[-1]) < size:
+        left = len(found.pop())  # verl drops it, too
     if not found:
-        raise UserError(f"every prompt is longer than data.max_prompt_length {data.max_prompt_length}: raise it")
-    if len(found) > 1 and len(found[-1]) < size:
-        found.pop()  # verl drops it, too
+        raise UserError(
+            f"{left} of {len(dataset)} prompts have at most data.max_prompt_length {data.max_prompt_length} tokens, "
+            f"a step needs data.train_batch_size {size}: raise the first, lower the second, or give more data"
+        )
     return found, len(dataset)
 
 
