@@ -15,8 +15,10 @@ def test_every_hook_wraps_its_functions(wraps):
     without_wrap = {  # replaced instead: a constructor, a class
         "lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1",
         "lmcache.v1.storage_backend.connector.lm_connector",
+        "lmcache.v1.transfer_channel.nixl_channel",  # NIXL's bindings
     }
-    assert {module.__name__ for module, _ in wraps} == set(hooked()) - without_wrap
+    wrapped = {module.__name__ for module, _ in wraps if not module.__name__.startswith("nixl_")}
+    assert wrapped == set(hooked()) - without_wrap
     for module, path in wraps:
         *owner, name = path.split(".")
         holder = getattr(module, owner[0]) if owner else module
