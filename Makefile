@@ -36,7 +36,7 @@ test: .venv/dev
 	$(BIN)/pytest
 	$(BIN)/pytest --backend mp tests/test_engines.py tests/test_faults.py -k "not (staleness or stopped or restarted)"
 
-# The A/B of docs/freshness.md under verl (25 minutes), PPO with a critic, and the mp backend.
+# The A/B of docs/freshness.md under verl (12 minutes), PPO with a critic, and the mp backend.
 freshness: .venv/dev
 	$(BIN)/pytest -s tests/freshness.py
 	$(BIN)/pytest -s -m slow tests/test_training.py
