@@ -8,7 +8,7 @@ import pytest
 from kvshare import gsm8k
 from kvshare.demo import Demo, failures
 
-STEPS = 3
+STEPS = {"demo": 6, "long_unique_prompts": 3, "turns": 3}  # a prompt is a quarter of a step of the demo
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
@@ -39,10 +39,11 @@ def turns(folder):
 
 @pytest.mark.parametrize("shape", [demo, long_unique_prompts, turns], ids=lambda shape: shape.__name__)
 def test_forecast(tmp_path, shape):
-    result = Demo(tmp_path / "run", [f"trainer.total_training_steps={STEPS}", *shape(tmp_path / "data")]).run()
+    steps = STEPS[shape.__name__]
+    result = Demo(tmp_path / "run", [f"trainer.total_training_steps={steps}", *shape(tmp_path / "data")]).run()
     assert failures(result) == []
     forecast = json.loads((tmp_path / "run" / "run.json").read_text())["forecast"]
-    predicted, measured = forecast["shareable_tokens_a_step"], result["tokens"]["shared_hit"] / STEPS
+    predicted, measured = forecast["shareable_tokens_a_step"], result["tokens"]["shared_hit"] / steps
     print(f"\n{shape.__name__}: {predicted:,} tokens a step predicted, {measured:,.0f} measured")
     print(json.dumps({"forecast": forecast, "tokens": result["tokens"], "policies": result["policy"]}))
     assert abs(measured - predicted) <= 0.1 * predicted
