@@ -68,10 +68,10 @@ wheel: .venv/dev
 p2p: .venv/dev
 	$(BIN)/pytest -s -m "slow or not slow" tests/test_peers.py tests/p2p.py
 
-# The CPU tables of docs/benchmarks.md (10 minutes).
+# The CPU tables of docs/benchmarks.md, 10 minutes.
 bench: .venv/dev
 	$(BIN)/kvshare prepare --offline --tiny-model --limit 4 --data outputs/bench/data
-	$(BIN)/kvshare bench config/bench_cpu.yaml -n 8
+	for backend in remote p2p mp; do $(BIN)/kvshare bench config/bench/$${backend}_cpu.yaml -n 4 --repeat 3 || exit; done
 
 # What the NPU launchers rely on, in the packages NPUs run (no NPU needed, 2 minutes). LMCache-Ascend has no package:
 # make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>; without it the tests that need it are skipped.

@@ -20,10 +20,11 @@ from kvshare.errors import UserError
 Prompt = list[int]
 POLICY = policy.policy_id(policy.new_run(), 0)  # of all requests: the weights do not change
 
-COUNTERS = {  # of vLLM, tokens of prompts
+# Of vLLM, tokens of prompts, once for each request; its prefix_cache_hits count again each time a request has to wait.
+COUNTERS = {
     "prompt": "vllm:prompt_tokens_total",
-    "local": "vllm:prefix_cache_hits_total",
-    "shared": "vllm:external_prefix_cache_hits_total",
+    "local": "vllm:prompt_tokens_by_source_total:local_cache_hit",
+    "shared": "vllm:prompt_tokens_by_source_total:external_kv_transfer",
 }
 
 

@@ -38,19 +38,23 @@ def read(path: Path) -> dict[str, Any]:
     """A bench config.
 
     Raises:
-        UserError: it is missing, or not like config/bench_cpu.yaml.
+        UserError: it is missing, or not like config/bench/remote_cpu.yaml.
     """
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"bench config {path}: {str(error).splitlines()[0]}: start from config/bench_cpu.yaml"
+            f"bench config {path}: {str(error).splitlines()[0]}: start from config/bench/remote_cpu.yaml"
         ) from None
     if not isinstance(config, dict) or config.keys() != KEYS.keys():
-        raise UserError(f"bench config {path} must have the keys {', '.join(KEYS)}: start from config/bench_cpu.yaml")
+        raise UserError(
+            f"bench config {path} must have the keys {', '.join(KEYS)}: start from config/bench/remote_cpu.yaml"
+        )
     for key, kind in KEYS.items():
         if not isinstance(config[key], kind):
-            raise UserError(f"bench config {path}: {key} must be a {kind.__name__}: start from config/bench_cpu.yaml")
+            raise UserError(
+                f"bench config {path}: {key} must be a {kind.__name__}: start from config/bench/remote_cpu.yaml"
+            )
     if config["backend"] not in BACKENDS:
         raise UserError(f"bench config {path}: backend must be one of {', '.join(BACKENDS)}")
     return config

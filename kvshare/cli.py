@@ -292,7 +292,7 @@ def demo(
 @app.command()
 def bench(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML with what to start; config/bench_cpu.yaml is one.")
+        Path | None, typer.Argument(help="YAML with what to start; config/bench/remote_cpu.yaml is one.")
     ] = None,
     engine: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="Instead: a running vLLM server; two that share.")

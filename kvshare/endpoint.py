@@ -27,9 +27,11 @@ def post(url: str, body: dict[str, Any], seconds: float = 300) -> Any:
 
 
 def metrics(text: str) -> dict[str, float]:
-    """Each metric's samples, added up over their labels, of what /metrics answers."""
+    """What /metrics answers: each metric, added up over its labels, and ``name:source`` where it has that label."""
     sums: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             sums[sample.name] += sample.value
+            if source := sample.labels.get("source"):
+                sums[f"{sample.name}:{source}"] += sample.value
     return dict(sums)

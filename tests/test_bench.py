@@ -70,8 +70,11 @@ def test_bad_config(tmp_path, text, wrong):
         bench_engines.read(tmp_path / "bench.yaml")
 
 
-def test_own_config_is_one():
-    assert bench_engines.read(ROOT / "config" / "bench_cpu.yaml")["backend"] == "remote"
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "bench").iterdir()), ids=lambda path: path.stem)
+def test_own_configs(path):
+    config = bench_engines.read(path)
+    assert path.stem.removesuffix("_cpu") == config["backend"]
+    assert config["environment"]["LMCACHE_CONFIG_FILE"] == f"config/{config['backend']}_backend_config.yaml"
 
 
 @pytest.mark.parametrize("arguments", [["bench"], ["bench", "--engine", "http://a"], ["bench", "x", "--tokens", "1k"]])
@@ -95,4 +98,5 @@ def test_two_engines(engines):
     assert [row["routing"] for row in result["patterns"]] == ["verl", "affinity", "kvshare"]
     for row in result["patterns"]:
         assert row["samples"][0]["prompt"] == 2050
+        assert row["samples"][0]["computed"] == (2050 if row["routing"] == "verl" else 1026)
     assert json.loads(json.dumps(result))["kv_bytes_a_token"]
