@@ -4,8 +4,10 @@ LMCache 0.5.6 takes what the first replica with the first chunk has, and no more
 without end, under a lock that every other connection needs, or raises, and then nobody answers the scheduler. And it
 gives the memory that it has asked a replica to write into back when it is tired of waiting, while that replica may
 still write: what is there next would be overwritten with KV of other tokens. And when there is no memory to load into
-it sleeps on the event loop until there is, so it serves nobody. NIXL's thread asks the network for news without a
-pause: one core for each worker, busy or not (NIXL 1.5.1).
+it sleeps on the event loop until there is, so it serves nobody. NIXL's thread takes a core of each worker, busy or not
+(NIXL 1.5.1); told to sleep, it still does whenever a connection waits for the other's answer (its UCX polls a socket
+that can always be written to). With vLLM's worker, which spins as well, that is two cores, and where there are no more
+the other replica does not get to answer. So on CPU there is no such thread: NIXL works on LMCache's event loop.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import wrapt
@@ -25,8 +30,8 @@ logger = logging.getLogger(__name__)
 AVOID_SECONDS = 5.0
 """How long a replica that did not answer is left alone. The controller forgets one that is gone in ten."""
 
-PROGRESS_MICROSECONDS = 1000
-"""The longest NIXL's thread sleeps; the network wakes it earlier."""
+PROGRESS_SECONDS = 0.001
+"""How often NIXL looks for what other replicas sent; with a thread, at least."""
 
 
 def mend_backend(module: Any) -> None:
@@ -49,11 +54,33 @@ class SetAside(Exception):
     """Memory that a replica may still write into."""
 
 
+_thread: ContextVar[bool | None] = ContextVar("_thread", default=None)
+
+
+@contextmanager
+def nixl_agents(thread: bool) -> Iterator[None]:
+    """NIXL agents that are made in here have a thread that sleeps, or none; others in the process are as they are."""
+    token = _thread.set(thread)
+    try:
+        yield
+    finally:
+        _thread.reset(token)
+
+
 def _agent(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    """NIXL's Python API sets 0, and with 0 its thread does not wait."""
-    config = args[1]
-    config.pthrDelay = PROGRESS_MICROSECONDS
+    if (thread := _thread.get()) is not None:
+        config = args[1]
+        config.useProgThread, config.pthrDelay = thread, int(PROGRESS_SECONDS * 1e6)
     return wrapped(*args, **kwargs)
+
+
+async def _progress(backend: Any, agent: Any) -> None:
+    try:
+        while backend.running.is_set():
+            agent.get_new_notifs()  # there are none, but without a thread this is what lets UCX work
+            await asyncio.sleep(PROGRESS_SECONDS)
+    except Exception:
+        logger.exception("NIXL stands still: what other replicas have is recomputed from here on")
 
 
 class Local(wrapt.ObjectProxy):
@@ -85,13 +112,19 @@ class Peers:
 
 
 def _init(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> None:
+    from lmcache import torch_device_type
+
     backend._kvshare_peers = Peers()
-    wrapped(*args, **kwargs)
+    thread = torch_device_type != "cpu"  # a host with accelerators has cores for it, and it moves KV faster
+    with nixl_agents(thread):
+        wrapped(*args, **kwargs)
     patience = backend.socket_recv_timeout_ms = backend.config.lookup_timeout_ms  # then the scheduler recomputes
     # A request that got no answer may still be served: asked again, it would write twice.
     backend.max_retry_count = 1
     backend.local_cpu_backend = Local(backend.local_cpu_backend)
     channel, connect = backend.transfer_channel, backend.transfer_channel.async_lazy_init_peer_connection
+    if not thread and hasattr(channel, "nixl_agent"):
+        asyncio.run_coroutine_threadsafe(_progress(backend, channel.nixl_agent), backend.loop)
     channel.async_lazy_init_peer_connection = lambda **call: asyncio.wait_for(connect(**call), patience / 1000)
 
 

@@ -106,24 +106,51 @@ def key_hash(rank):
     return lmcache_policy._make_key(upstream, database, (7, {policy.TAG: "run-1"}), {}).chunk_hash
 
 
-IDLE_AGENT = """
-import time
+AGENT = """
+import os, signal, sys, time
 from pathlib import Path
 from kvshare import lmcache_p2p
 lmcache_p2p.mend_nixl(None)
 from nixl._api import nixl_agent, nixl_agent_config
 threads = lambda: set(Path("/proc/self/task").iterdir())
 before = threads()
-agent = nixl_agent("idle", nixl_agent_config(backends=["UCX"]))
+with lmcache_p2p.nixl_agents(thread={thread}):
+    agent = nixl_agent(sys.argv[1], nixl_agent_config(backends=["UCX"]))
+new = threads() - before
+"""
+STOPPED = f"""{AGENT.format(thread=False)}
+print(agent.get_agent_metadata().hex())
+sys.stdout.flush()
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+WAITING = f"""{AGENT.format(thread=False)}
+agent.add_remote_agent(bytes.fromhex(sys.argv[2]))
+agent.get_new_notifs()
+before = time.process_time()
+time.sleep(1)
+print("busy", time.process_time() - before)
+"""
+IDLE = f"""{AGENT.format(thread=True)}
 waits = lambda: [int((t / "status").read_text().split("\\nvoluntary_ctxt_switches:")[1].split()[0]) for t in new]
-new = sorted(threads() - before)
 first = waits()
 time.sleep(1)
 print("waits", max(b - a for a, b in zip(first, waits())))
 """
 
 
+def test_waiting_for_a_connection_takes_no_core():
+    """As LMCache starts it, NIXL takes one: the other may need it to answer."""
+    with subprocess.Popen([sys.executable, "-c", STOPPED, "other"], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            metadata = next(line for line in other.stdout if set(line) <= set("0123456789abcdef\n"))
+            command = [sys.executable, "-c", WAITING, "one", metadata.strip()]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        finally:
+            other.kill()
+    assert float(done.stdout.rpartition("busy")[2]) < 0.2
+
+
 def test_nixls_thread_waits_for_news():
     """As LMCache starts it, it never does, and takes a core."""
-    done = subprocess.run([sys.executable, "-c", IDLE_AGENT], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", IDLE, "idle"], capture_output=True, text=True, check=True)
     assert int(done.stdout.rpartition("waits")[2]) > 20
