@@ -22,6 +22,7 @@ _HOOKS = (
     ("lmcache.v1.token_database", "kvshare.lmcache_policy:mend_token_database"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_policy:mend_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_reset:mend_adapter"),
+    ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_local:mend_adapter"),
     ("lmcache.integration.vllm.lmcache_connector_v1", "kvshare.lmcache_reset:mend_dynamic_connector"),
     ("lmcache.v1.gpu_connector", "kvshare.lmcache_cpu:mend_gpu_connector"),
     ("lmcache.v1.cache_engine", "kvshare.lmcache_async:mend_cache_engine"),

@@ -118,6 +118,19 @@ def test_parts_that_several_hold(replicas, weights):
     assert hits(three, second, stamp, weights) == WHOLE
 
 
+def test_samples_that_come_together_load_once(replicas, weights):
+    one, two, _ = replicas
+    stamp, text = policy.private_policy(), prompt()
+    hits(one, text, stamp)
+    start, sent = len(two.events), one.log.read_text().count("P2P transfer finished")
+    with ThreadPoolExecutor(8) as pool:
+        for answer in pool.map(lambda _: two.ask(text, stamp, 4), range(8)):
+            weights.check(0, text, answer)
+            assert answer.cached >= WHOLE
+    assert two.hits(start) == WHOLE
+    assert one.log.read_text().count("P2P transfer finished") == sent + 1
+
+
 def test_none_of_200_expected_hits_is_missed(replicas):
     stamp = policy.private_policy()
 

@@ -2,6 +2,8 @@
 
 import random
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import CHUNK
@@ -35,6 +37,26 @@ def test_second_engine_reads_what_the_first_computed(engines, prompt):
     assert result["replica"][1]["shared_hit"] == WHOLE
     assert result["prefill_amplification"] == 1.0
     assert result["tokens"]["stale_hit"] == 0
+
+
+def test_what_the_engine_has_itself_is_not_moved(engines, backend, prompt):
+    """Samples that come together store their prompt once, and later ones load nothing."""
+    if backend.connector == "LMCacheMPConnector":
+        pytest.skip("here the server sees to it")
+    first, _ = engines
+    with ThreadPoolExecutor(5) as pool:
+        busy = pool.submit(first.ask, [random.randrange(300, 1500) for _ in range(7 * CHUNK)], "run-1", 1)
+        time.sleep(0.2)  # what is asked now is scheduled together
+        start = len(first.events)
+        answers = list(pool.map(lambda _: first.ask(prompt, "run-1"), range(4)))
+        busy.result()
+    answers.append(first.ask([*prompt[: WHOLE + 10], *range(300, 340)], "run-1"))
+    for answer in answers[1:4]:
+        same(answers[0], answer)
+    stored = [event for event in first.events[start:] if event["op"] == "store" and len(event["keys"]) == 4]
+    assert len(stored) == 1
+    assert first.hits(start) == 0
+    assert sorted(answer.cached >= WHOLE for answer in answers) == [False, True, True, True, True]
 
 
 def test_time_to_compute_and_to_load(engines, backend):
