@@ -20,9 +20,10 @@ def register() -> None:
 # Hook functions as "module:function" strings: wrapt imports them only when they are needed.
 _HOOKS = (
     ("lmcache.v1.token_database", "kvshare.lmcache_policy:mend_token_database"),
+    # Before lmcache_policy, whose wrap of the same function is then around it: also what is not looked up has a policy.
+    ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_local:mend_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_policy:mend_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_reset:mend_adapter"),
-    ("lmcache.integration.vllm.vllm_v1_adapter", "kvshare.lmcache_local:mend_adapter"),
     ("lmcache.integration.vllm.lmcache_connector_v1", "kvshare.lmcache_reset:mend_dynamic_connector"),
     ("lmcache.v1.gpu_connector", "kvshare.lmcache_cpu:mend_gpu_connector"),
     ("lmcache.v1.cache_engine", "kvshare.lmcache_async:mend_cache_engine"),
