@@ -75,12 +75,14 @@ def _agent(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
 
 
 async def _progress(backend: Any, agent: Any) -> None:
-    try:
-        while backend.running.is_set():
+    while backend.running.is_set():
+        pause = PROGRESS_SECONDS
+        try:
             agent.get_new_notifs()  # there are none, but without a thread this is what lets UCX work
-            await asyncio.sleep(PROGRESS_SECONDS)
-    except Exception:
-        logger.exception("NIXL stands still: what other replicas have is recomputed from here on")
+        except Exception:
+            logger.exception("NIXL stands still: what other replicas have is recomputed until it does not")
+            pause = AVOID_SECONDS
+        await asyncio.sleep(pause)
 
 
 class Local(wrapt.ObjectProxy):

@@ -27,6 +27,7 @@ _HOOKS = (
     ("lmcache.integration.vllm.lmcache_connector_v1", "kvshare.lmcache_reset:mend_dynamic_connector"),
     ("lmcache.v1.gpu_connector", "kvshare.lmcache_cpu:mend_gpu_connector"),
     ("lmcache.v1.cache_engine", "kvshare.lmcache_async:mend_cache_engine"),
+    ("lmcache.v1.lookup_client.lmcache_async_lookup_client", "kvshare.lmcache_async:mend_lookup_client"),
     ("lmcache.v1.cache_engine", "kvshare.lmcache_events:mend_cache_engine"),
     ("lmcache.v1.cache_controller.worker", "kvshare.lmcache_worker:mend_worker"),
     ("lmcache.v1.storage_backend.p2p_backend", "kvshare.lmcache_p2p:mend_backend"),
