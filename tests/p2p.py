@@ -121,7 +121,7 @@ def test_parts_that_several_hold(replicas, weights):
 def test_samples_that_come_together_load_once(replicas, weights):
     one, two, _ = replicas
     stamp, text = policy.private_policy(), prompt()
-    hits(one, text, stamp)
+    one.ask(text, stamp, stores=1)
     start, sent = len(two.events), one.log.read_text().count("P2P transfer finished")
     with ThreadPoolExecutor(8) as pool:
         for answer in pool.map(lambda _: two.ask(text, stamp, 4), range(8)):
@@ -137,7 +137,7 @@ def test_none_of_200_expected_hits_is_missed(replicas):
     def pair(number):
         writer, reader = replicas[number % 3], replicas[(number + 1 + number // 3 % 2) % 3]
         text = prompt(2)
-        answers = [replica.ask(text, stamp, 1) for replica in (writer, reader)]
+        answers = [writer.ask(text, stamp, 1, stores=1), reader.ask(text, stamp, 1)]
         same(*answers)
         return answers[1].cached
 
