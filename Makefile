@@ -34,39 +34,39 @@ install: .venv/installed
 
 test: .venv/dev
 	$(BIN)/pytest
-	$(BIN)/pytest --backend mp tests/test_engines.py tests/test_faults.py -k "not (staleness or stopped or restarted)"
+	$(BIN)/pytest --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_faults.py -k "not (staleness or stopped or restarted)"
 
 # The A/B of docs/freshness.md under verl (12 minutes), PPO with a critic, and the mp backend.
 freshness: .venv/dev
-	$(BIN)/pytest -s tests/freshness.py
-	$(BIN)/pytest -s -m slow tests/test_training.py
-	$(BIN)/pytest -s --backend mp tests/test_engines.py tests/test_freshness.py tests/test_training.py
+	$(BIN)/pytest -s tests/long/freshness.py
+	$(BIN)/pytest -s -m slow tests/launch/test_training.py
+	$(BIN)/pytest -s --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_freshness.py tests/launch/test_training.py
 
 # verl's own routing against ours under verl, and the tables of docs/routing.md by simulation.
 routing: .venv/dev
-	$(BIN)/pytest -s tests/routing.py
+	$(BIN)/pytest -s tests/long/routing.py
 	$(BIN)/python benchmarks/routing.py --plot docs/routing.svg
 
 # Faults on live engines, and a server that dies and comes back under verl: docs/reliability.md.
 faults: .venv/dev
-	$(BIN)/pytest -s tests/test_faults.py tests/test_server.py tests/faults.py
-	$(BIN)/pytest -s --backend mp tests/test_faults.py tests/faults.py -k "not soak"
+	$(BIN)/pytest -s tests/hooks/test_live_faults.py tests/services/test_lm_server.py tests/long/faults.py
+	$(BIN)/pytest -s --backend mp tests/hooks/test_live_faults.py tests/long/faults.py -k "not soak"
 
 # The forecast against what runs under verl measured, about 15 minutes.
 forecast: .venv/dev
-	$(BIN)/pytest -s tests/forecast.py
+	$(BIN)/pytest -s tests/long/forecast.py
 
 # kvshare verify on engines that are set up wrong, each in its way, about 6 minutes.
 verify: .venv/dev
-	$(BIN)/pytest -s tests/verify.py
+	$(BIN)/pytest -s tests/long/verify.py
 
 # The wheel in an environment of its own.
 wheel: .venv/dev
-	$(BIN)/pytest -s tests/wheel.py
+	$(BIN)/pytest -s tests/long/wheel.py
 
 # P2P: three replicas, a controller, each of them killed; two hosts (network namespaces). 10 minutes.
 p2p: .venv/dev
-	$(BIN)/pytest -s -m "slow or not slow" tests/test_peers.py tests/p2p.py
+	$(BIN)/pytest -s -m "slow or not slow" tests/hooks/test_live_peers.py tests/long/p2p.py
 
 # The CPU tables of docs/benchmarks.md, 10 minutes.
 bench: .venv/dev
@@ -101,7 +101,7 @@ $(NPU)/installed: .venv/dev requirements/npu.txt
 
 # The demo's model, trained again: 45 seconds on an H100, far longer on CPUs.
 tiny-model: .venv/installed
-	$(BIN)/python -m kvshare.tiny_model
+	$(BIN)/python -m kvshare.tools.tiny_model
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

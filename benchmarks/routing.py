@@ -19,9 +19,9 @@ from typing import Any
 
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
-from kvshare.prefixes import Prefill, StoredPrefixes, chunk_digests
-from kvshare.rates import Pace, Rates
-from kvshare.router import PrefillOnceRouter
+from kvshare.routing.cost_model import Pace, Rates
+from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
+from kvshare.routing.router import PrefillOnceRouter
 
 CHUNK = 256
 PREFILL = 39_000  # tokens a second: 7B on an H100, 4,096 tokens in 104 ms (docs/benchmarks.md)

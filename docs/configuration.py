@@ -84,7 +84,7 @@ def commands() -> str:
     import typer
     from typer.cli import get_docs_for_click
 
-    from kvshare.cli import app
+    from kvshare.cli.main import app
 
     os.environ["COLUMNS"] = "100"
     command = typer.main.get_command(app)

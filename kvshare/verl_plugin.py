@@ -15,7 +15,7 @@ def _register_replica(module: Any) -> None:
     """Replace verl's vLLM rollout replica by ours, which stamps requests with the policy."""
 
     def load() -> type:
-        from kvshare.verl_server import KVShareReplica
+        from kvshare.hooks.verl.rollout_server import KVShareReplica
 
         return KVShareReplica
 
@@ -23,7 +23,10 @@ def _register_replica(module: Any) -> None:
 
 
 wrapt.register_post_import_hook(_register_replica, "verl.workers.rollout.replica")
-wrapt.register_post_import_hook("kvshare.verl_cpu:register_platform", "verl.plugin.platform.platform_manager")
-wrapt.register_post_import_hook("kvshare.verl_cpu:mend_process_group", "verl.utils.distributed")
-wrapt.register_post_import_hook("kvshare.verl_cpu:mend_critic", "verl.utils.model")
-wrapt.register_post_import_hook("kvshare.verl_tracking:mend_tracking", "verl.utils.tracking")
+for module, hook in (
+    ("verl.plugin.platform.platform_manager", "cpu_platform:register_platform"),
+    ("verl.utils.distributed", "cpu_platform:patch_process_group"),
+    ("verl.utils.model", "cpu_platform:patch_critic"),
+    ("verl.utils.tracking", "step_metrics:patch_tracking"),
+):
+    wrapt.register_post_import_hook(f"kvshare.hooks.verl.{hook}", module)

@@ -13,9 +13,11 @@ from engines import Engine
 from hypothesis import settings
 from oracle import Weights
 
-from kvshare import gsm8k, services, tiny_model
-from kvshare.demo import QUIET
-from kvshare.processes import Processes
+from kvshare.core import ports
+from kvshare.services import health
+from kvshare.services.processes import Processes
+from kvshare.tools import gsm8k, tiny_model
+from kvshare.tools.demo import QUIET
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 256  # tokens; as in config/remote_backend_config.yaml
@@ -55,10 +57,10 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def lmcache_server(processes, tmp_path_factory) -> str:
     """Address of a real lmcache_server."""
-    port, log = services.free_port(), tmp_path_factory.mktemp("server") / "log"
+    port, log = ports.free_port(), tmp_path_factory.mktemp("server") / "log"
     server = processes.start([sys.executable, "-m", "lmcache.v1.server", "127.0.0.1", str(port)], log)
-    check = partial(services.check_lmcache_server, f"lm://127.0.0.1:{port}")
-    return services.wait_healthy("lmcache_server", server, check, log)
+    check = partial(health.check_lmcache_server, f"lm://127.0.0.1:{port}")
+    return health.wait_healthy("lmcache_server", server, check, log)
 
 
 @pytest.fixture(scope="session")

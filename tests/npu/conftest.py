@@ -21,7 +21,7 @@ import wrapt
 from kvshare import vllm_plugin
 
 VLLM_ASCEND = Path(sys.prefix) / "vllm-ascend"
-NOT_ON_ASCEND = "kvshare.lmcache_mp"  # the multi-process server: docs/backends.md
+NOT_ON_ASCEND = "lmcache.mp_"  # the multi-process server: docs/backends.md
 os.environ["PYTHONHASHSEED"] = "0"
 
 

@@ -7,7 +7,7 @@ import pytest
 from lmcache.v1 import config
 from test_launchers import dry_run
 
-from kvshare import lmcache_config, p2p, services
+from kvshare.core import lmcache_settings, p2p_identity, ports
 
 
 @pytest.fixture
@@ -27,11 +27,11 @@ def launched(monkeypatch, backend, **more):
     environment, _ = dry_run(f"run_qwen_{backend}_backend_npu.sh")
     for name, value in (environment | more).items():
         monkeypatch.setenv(name, value)
-    definitions = lmcache_config.definitions()
+    definitions = lmcache_settings.definitions()
     path = environment["LMCACHE_CONFIG_FILE"]
-    assert lmcache_config.mistakes(lmcache_config.read(path), definitions, path) == []
-    assert lmcache_config.environment_mistakes(environment | more, definitions) == []
-    return lmcache_config.effective(path)
+    assert lmcache_settings.mistakes(lmcache_settings.read(path), definitions, path) == []
+    assert lmcache_settings.environment_mistakes(environment | more, definitions) == []
+    return lmcache_settings.effective(path)
 
 
 def test_lmcache_takes_them(monkeypatch):
@@ -49,17 +49,19 @@ def test_lmcache_ascends_own(monkeypatch, ascend_settings):
     settings = launched(monkeypatch, "p2p", **more)
     assert (settings.p2p_use_npu, settings.p2p_npu_buffer_size) == (True, 134217728)
     wrong = {"LMCACHE_P2P_NPU_BUFFER_SIZE": "128M"}
-    assert lmcache_config.environment_mistakes(wrong, lmcache_config.definitions())
+    assert lmcache_settings.environment_mistakes(wrong, lmcache_settings.definitions())
 
 
 def test_identity_of_replicas(monkeypatch):
     own = []
     for replica in range(4):
         settings = launched(monkeypatch, "p2p").to_dict()
-        own.append(launched(monkeypatch, "p2p", **p2p.identity(settings, replica, 2, "127.0.0.1", services.free_port)))
-        for key in ("lmcache_instance_id", "p2p_host", *p2p.PORT_LISTS):
+        own.append(
+            launched(monkeypatch, "p2p", **p2p_identity.identity(settings, replica, 2, "127.0.0.1", ports.free_port))
+        )
+        for key in ("lmcache_instance_id", "p2p_host", *p2p_identity.PORT_LISTS):
             monkeypatch.delenv(f"LMCACHE_{key.upper()}")
     assert len({c.lmcache_instance_id for c in own}) == 4
-    for name in p2p.PORT_LISTS:
+    for name in p2p_identity.PORT_LISTS:
         assert all(len(getattr(c, name)) == 2 for c in own)
         assert len({port for c in own for port in getattr(c, name)}) == 8

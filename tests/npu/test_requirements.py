@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-from kvshare import versions
+from kvshare.core import versions
 from npu.conftest import VLLM_ASCEND
 
 LINES = [line.split("#")[0].strip() for line in (ROOT / "requirements" / "npu.txt").read_text().splitlines()]

@@ -16,8 +16,11 @@ from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.token_database import ChunkedTokenDatabase, TokenDatabase
 from vllm import SamplingParams
 
-from kvshare import events, lmcache_events, lmcache_policy, policy, server
-from kvshare.store import Store
+from kvshare.core import policy
+from kvshare.hooks.lmcache import events, keys
+from kvshare.record import worker_events
+from kvshare.services import lm_server
+from kvshare.services.store import Store
 
 CHUNK = 256
 TOKENS = list(range(3 * CHUNK + 7))
@@ -32,7 +35,7 @@ def database(worker: int = 0) -> ChunkedTokenDatabase:
     return ChunkedTokenDatabase(LMCacheEngineConfig.from_defaults(chunk_size=CHUNK, save_unfull_chunk=False), metadata)
 
 
-def keys(replica: ChunkedTokenDatabase, step: int | None, tokens=TOKENS) -> list[str]:
+def keys_of(replica: ChunkedTokenDatabase, step: int | None, tokens=TOKENS) -> list[str]:
     configs = {} if step is None else {policy.TAG: policy.policy_id(RUN, step)}
     return [key.to_string() for _, _, key in replica.process_tokens(tokens, request_configs=configs)]
 
@@ -52,15 +55,15 @@ def test_this_is_the_version():
 
 def test_replicas_share_within_a_policy_and_not_across(hashing):
     one, other = database(), database()
-    assert len(keys(one, 1)) == 3
-    assert keys(one, 1) == keys(other, 1)
-    assert not set(keys(one, 1)) & set(keys(other, 2))
-    assert not set(keys(one, 1)) & set(keys(other, None))
-    assert keys(one, 1, TOKENS[:CHUNK]) == keys(one, 1)[:1]  # a prefix is found
+    assert len(keys_of(one, 1)) == 3
+    assert keys_of(one, 1) == keys_of(other, 1)
+    assert not set(keys_of(one, 1)) & set(keys_of(other, 2))
+    assert not set(keys_of(one, 1)) & set(keys_of(other, None))
+    assert keys_of(one, 1, TOKENS[:CHUNK]) == keys_of(one, 1)[:1]  # a prefix is found
 
 
 def test_keys_fit_into_lm(hashing):
-    for key in keys(database(), 10**6):
+    for key in keys_of(database(), 10**6):
         assert len(key) <= 150
         assert key.count("@") == 4
 
@@ -70,14 +73,14 @@ def test_async_lookup_makes_the_same_keys(hashing):
     hashes = [h for _, _, h in database().process_tokens(TOKENS, make_key=False)]
     configs = {policy.TAG: policy.policy_id(RUN, 1)}
     made = database().process_tokens(hashes=hashes, offsets=[CHUNK] * 3, request_configs=configs)
-    assert [key.to_string() for _, _, key in made] == keys(database(), 1)
+    assert [key.to_string() for _, _, key in made] == keys_of(database(), 1)
 
 
 @pytest.fixture
 def engine(monkeypatch):
-    fresh = lmcache_policy.EnginePolicy()
-    monkeypatch.setattr("kvshare.lmcache_policy.engine", fresh)
-    monkeypatch.setattr("kvshare.lmcache_reset.engine", fresh)
+    fresh = keys.EnginePolicy()
+    monkeypatch.setattr("kvshare.hooks.lmcache.keys.engine", fresh)
+    monkeypatch.setattr("kvshare.hooks.lmcache.reset.engine", fresh)
     return fresh
 
 
@@ -111,9 +114,9 @@ def test_a_request_from_before_the_reset_is_kept_to_itself(engine):
     request = SimpleNamespace(sampling_params=params, **fields)
     looked_up = []
     impl = SimpleNamespace(lookup_client=SimpleNamespace(clear_lookup_status=looked_up.append))
-    lmcache_policy._stamp(lambda *args: None, impl, (request, 0), {})
+    keys._stamp(lambda *args: None, impl, (request, 0), {})
     engine.reset()
-    lmcache_policy._stamp(lambda *args: None, impl, (request, 0), {})
+    keys._stamp(lambda *args: None, impl, (request, 0), {})
     assert policy.is_private(params.extra_args["kv_transfer_params"][policy.TAG])
     assert looked_up == ["r"]  # is forgotten
 
@@ -142,13 +145,13 @@ def test_ascends_engine_reports_its_stores(lmcache_ascend, monkeypatch):
     from lmcache_ascend.v1.cache_engine import AscendLMCacheEngine
 
     sent = []
-    monkeypatch.setattr(events, "sender", lambda: SimpleNamespace(send=sent.append))
+    monkeypatch.setattr(worker_events, "sender", lambda: SimpleNamespace(send=sent.append))
     engine = AscendLMCacheEngine.__new__(AscendLMCacheEngine)
     engine.token_database = database()
     engine.metadata, engine.lmcache_worker = engine.token_database.metadata, None
     monkeypatch.setattr(engine, "_log_kvcache_for_check", lambda **kwargs: None, raising=False)
     monkeypatch.setattr(engine, "is_frozen", lambda: True)
-    configs = {policy.TAG: policy.policy_id(RUN, 1), events.REQUEST: "r"}
+    configs = {policy.TAG: policy.policy_id(RUN, 1), worker_events.REQUEST: "r"}
     mask = torch.ones(len(TOKENS), dtype=torch.bool)
     mask[:CHUNK] = False
     engine._run_store_pipeline("r", TOKENS, None, None, mask, 519, {"request_configs": configs})
@@ -157,7 +160,7 @@ def test_ascends_engine_reports_its_stores(lmcache_ascend, monkeypatch):
     assert (store["op"], store["keys"], store["request"]) == ("store", expected[1:], "r")
     assert (stored["op"], stored["end"]) == ("stored", 3 * CHUNK)
     assert store["policy"] == policy.policy_id(RUN, 1)
-    assert lmcache_events.Puts.current.value is None
+    assert events.Puts.current.value is None
 
 
 def test_lm_client():
@@ -170,7 +173,7 @@ def test_lm_client():
     local.allocate = lambda *what, busy_loop: memory.allocate(*what)
     local.config.blocking_timeout_secs = 5
     (_, _, key), (_, _, other), _ = replica.process_tokens(TOKENS, request_configs={policy.TAG: "p"})
-    with server._listen("127.0.0.1", 0, Store(1 << 28), None) as listening:
+    with lm_server._listen("127.0.0.1", 0, Store(1 << 28), None) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
         client = lm_connector.LMCServerConnector("127.0.0.1", listening.server_address[1], loop, local)
         chunk = memory.allocate(local.metadata.get_shapes(), local.metadata.get_dtypes())

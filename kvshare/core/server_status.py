@@ -1,0 +1,14 @@
+"""The counts that ``kvshare server --status`` keeps in a file, which preflight and the report read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+VARIABLE = "KVSHARE_SERVER_STATUS"
+"""Environment variable with the path of the file that `kvshare server --status` writes."""
+
+
+def read(path: str | None) -> dict[str, int] | None:
+    """The counts last written to ``path``; None if there is no such file on this host."""
+    return json.loads(Path(path).read_text()) if path and Path(path).is_file() else None

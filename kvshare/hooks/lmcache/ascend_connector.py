@@ -1,0 +1,25 @@
+"""Lets LMCache-Ascend's connector into vLLM 0.23 and later.
+
+vLLM hands a connector its KV cache layout as a third argument, and since 0.23 refuses a class that does
+not take it. LMCache-Ascend 0.4.4's takes two; LMCache's, which it derives from, takes all three.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from kvshare.core.ascend import CONNECTOR
+from kvshare.hooks.patch import check
+
+
+def patch_connector(module: Any) -> None:
+    check(module, CONNECTOR, "vllm_config", "role")
+    connector = getattr(module, CONNECTOR)
+    if "kv_cache_config" in inspect.signature(connector).parameters:
+        return
+
+    def init(self: Any, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
+        super(connector, self).__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+
+    connector.__init__ = init

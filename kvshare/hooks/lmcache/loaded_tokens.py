@@ -1,0 +1,56 @@
+"""``kvshare:loaded_tokens_total`` among vLLM's metrics: prompt tokens that LMCacheConnectorV1 really loaded.
+
+vLLM's own ``external_prefix_cache_hits`` counts what a lookup promised, also where the load then failed and the tokens
+were computed. The count goes vLLM's way for connectors' statistics: from the worker to the scheduler to the API server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from kvshare.hooks.lmcache import events
+from kvshare.hooks.patch import check
+
+
+class Loads(KVConnectorStats):
+    """``data``: {"loaded": tokens}."""
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        return Loads({"loaded": self.data.get("loaded", 0) + other.data.get("loaded", 0)})
+
+    def reduce(self) -> dict[str, int | float]:
+        return {"loaded tokens": self.data["loaded"]}
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        return not self.data.get("loaded")
+
+
+class LoadMetrics(KVConnectorPromMetrics):
+    def __init__(self, config: Any, metric_types: Any, labelnames: list[str], labelvalues: dict[int, list]) -> None:
+        super().__init__(config, metric_types, labelnames, labelvalues)
+        what = "Prompt tokens that LMCache loaded: not promised, arrived."
+        counter = self._counter_cls(name="kvshare:loaded_tokens", documentation=what, labelnames=labelnames)
+        self._loaded: Any = {engine: counter.labels(*values) for engine, values in labelvalues.items()}
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        self._loaded[engine_idx].inc(transfer_stats_data["loaded"])
+
+
+def patch_connector(module: Any) -> None:
+    """vLLM's ``LMCacheConnectorV1`` has no statistics of its own."""
+    for name in ("get_kv_connector_stats", "build_kv_connector_stats", "build_prom_metrics"):
+        check(module, f"LMCacheConnectorV1.{name}")
+    connector = module.LMCacheConnectorV1
+    connector.get_kv_connector_stats = _take
+    connector.build_kv_connector_stats = classmethod(lambda cls, data=None: Loads(data or {}))
+    connector.build_prom_metrics = classmethod(lambda cls, *args: LoadMetrics(*args))
+
+
+def _take(connector: Any) -> Loads | None:
+    loaded = events.take_loaded()
+    return Loads({"loaded": loaded}) if loaded else None

@@ -1,0 +1,110 @@
+"""Makes LMCache's multi-process connector (``LMCacheMPConnector``) never stale, and lets it read LMCache's config file.
+
+Its keys carry vLLM's ``cache_salt``, its server is shared by all who use it. So:
+
+* Scheduler process: the salt of each request is its policy (``keys``). ``reset_cache()`` starts a
+  new policy for this engine and asks nothing of the server, whose L1 LMCache 0.5.6 would clear for every
+  job on it, waiting for up to ``lmcache.mp.mq_timeout``, and not for what is locked. Old KV cannot be
+  found; the server evicts it first, as nobody asks for it.
+* Both processes: address and timeouts come from the file that the in-process connectors read, unless
+  ``kv_connector_extra_config`` has them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kvshare.core import lmcache_settings, policy
+from kvshare.hooks.lmcache.keys import engine
+from kvshare.hooks.patch import UpstreamChanged, installed, wrap
+
+EXTRA = "lmcache.mp."
+ADDRESS = (f"{EXTRA}server_urls", f"{EXTRA}host", f"{EXTRA}port")
+
+
+def patch_connector(module: Any) -> None:
+    wrap(module, "LMCacheMPConnector.__init__", _init, "vllm_config", "role")
+    wrap(module, "LMCacheMPConnector.reset_cache", _reset_cache)
+
+
+def check_vllms(module: Any) -> None:
+    """vLLM's module of that name hands on LMCache's class; an older one may have a copy of its own."""
+    if not module.LMCacheMPConnector.__module__.startswith("lmcache."):
+        raise UpstreamChanged(
+            f"vllm {installed('vllm')} has an LMCacheMPConnector of its own, which kvshare does not know: add "
+            '"kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector" to kv_transfer_config'
+        )
+
+
+def patch_adapter(module: Any) -> None:
+    """Model names with ``@`` are refused by the server, which then does not answer."""
+    for adapter in ("LMCacheMPSchedulerAdapter", "LMCacheMPWorkerAdapter"):
+        wrap(module, f"{adapter}.__init__", _name_model, "model_name")
+
+
+def patch_metadata(module: Any) -> None:
+    wrap(module, "LMCacheMPRequestTracker.__init__", _track, "request")
+
+
+def from_file() -> dict[str, Any]:
+    """``kv_connector_extra_config`` that LMCache's config file and ``LMCACHE_*`` ask for."""
+    config = lmcache_settings.effective(os.environ.get("LMCACHE_CONFIG_FILE"))
+    seconds = float(config.blocking_timeout_secs)
+    extra = {f"{EXTRA}mq_timeout": seconds, f"{EXTRA}heartbeat_interval": seconds}
+    return extra | ({f"{EXTRA}server_urls": config.remote_url} if config.remote_url else {})
+
+
+def _init(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> None:
+    vllm_config = args[0] if args else kwargs["vllm_config"]
+    given = vllm_config.kv_transfer_config.kv_connector_extra_config
+    for name, value in from_file().items():
+        if name not in ADDRESS or not given.keys() & set(ADDRESS):
+            given.setdefault(name, value)
+    wrapped(*args, **kwargs)
+    if not engine.reset_at:
+        engine.loaded(vllm_config.model_config)
+
+
+def _name_model(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
+    wrapped(*args, **{**kwargs, "model_name": policy.key_model_name(kwargs["model_name"])})
+
+
+def _track(wrapped: Any, tracker: Any, args: tuple, kwargs: dict) -> None:
+    wrapped(*args, **kwargs)
+    request = args[0] if args else kwargs["request"]
+    _stamp(tracker, engine.policy_of(request))
+
+
+def _stamp(tracker: Any, name: str) -> None:
+    tracker.request_configs = {**(tracker.request_configs or {}), policy.TAG: name}
+    tracker.cache_salt = policy.salt(name, tracker.cache_salt)
+
+
+def _reset_cache(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> bool:
+    """Start a new policy for this engine; requests under way go on, and what they store from here is theirs alone."""
+    engine.reset()
+    for tracker in getattr(connector, "request_trackers", {}).values():
+        _give_up_lookup(connector.scheduler_adapter, tracker)
+        _stamp(tracker, policy.private_policy())
+    return True
+
+
+def _give_up_lookup(adapter: Any, tracker: Any) -> None:
+    """A request that waits must not load what was promised it: that was the old weights'."""
+    states = type(tracker.state)
+    if tracker.state is not states.PREFETCHING:
+        return
+    chunk = adapter.lmcache_tokens_per_chunk
+    tokens = tracker.get_token_ids()
+    adapter.free_lookup_locks(
+        tokens,
+        0,
+        len(tokens) // chunk * chunk,
+        tracker.request_id,
+        cache_salt=tracker.cache_salt,
+        request_configs=tracker.request_configs,
+    )
+    adapter.cleanup_lookup_result(tracker.request_id)
+    tracker.num_vllm_hit_tokens = tracker.num_lmcache_hit_tokens = tracker.num_stored_tokens = 0
+    tracker.state = states.BYPASS_LMCACHE

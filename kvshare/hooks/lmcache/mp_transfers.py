@@ -1,0 +1,221 @@
+"""What a worker stores to and loads from LMCache's multi-process server: reported once it has arrived, and not waited
+for when the server is gone.
+
+The events are those of ``events``, with keys made of the tokens and the ``cache_salt`` that were sent.
+
+LMCache 0.5.6 notices a dead server with the next heartbeat only, one that was restarted between two heartbeats
+never, and on CPU waits for a hung one with each transfer. Here a connection that closes, or a transfer that was
+waited for in vain, makes the server unhealthy at once: LMCache goes on without it, and registers again with the
+first heartbeat that is answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kvshare.core import lmcache_settings, policy
+from kvshare.hooks.patch import wrap
+from kvshare.record import worker_events
+from kvshare.routing.prefixes import chunk_digests
+
+logger = logging.getLogger(__name__)
+
+WORKER, SCHEDULER = "LMCacheMPWorkerAdapter", "LMCacheMPSchedulerAdapter"
+SUBMIT = ("request_id", "op", "event", "cache_salt", "request_configs")
+
+
+def patch_adapter(module: Any) -> None:
+    wrap(module, "get_lmcache_chunk_size", _chunk_size, "req_client", "timeout")
+    wrap(module, f"{WORKER}.__init__", _watch_worker, "server_url")
+    wrap(module, f"{SCHEDULER}.__init__", _watch_scheduler, "server_urls")
+    wrap(module, f"{WORKER}.register_kv_caches", _first_register, "kv_caches")
+    wrap(module, f"{WORKER}._send_register_kv_caches_request", _register, "kv_caches")
+    wrap(module, f"{WORKER}.submit_store_request", _store, *SUBMIT)
+    wrap(module, f"{WORKER}.submit_retrieve_request", _retrieve, *SUBMIT)
+    wrap(module, f"{WORKER}.get_finished", _poll)
+    wrap(module, f"{WORKER}.get_finished_with_lazy_offload", _poll)
+
+
+def patch_queue(module: Any) -> None:
+    """LMCache calls this when a connection closes, for the sake of its event streams."""
+    wrap(module, "MessageQueueClient.cancel_streams", _disconnected)
+
+
+# -- a server that is gone --------------------------------------------------------------------
+
+
+def _watch_worker(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
+    wrapped(*args, **kwargs)
+    adapter.kvshare_transfers = []
+    _watch(adapter.req_client, adapter._health_event)
+
+
+def _watch_scheduler(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
+    wrapped(*args, **kwargs)
+    for url, client in adapter.req_clients.items():
+        _watch(client, adapter._health_events[url])
+
+
+def _watch(client: Any, health: Any) -> None:
+    if queue := getattr(client, "_message_queue_client", None):  # not with gRPC
+        queue.kvshare_health = health
+
+
+def _disconnected(wrapped: Any, queue: Any, args: tuple, kwargs: dict) -> None:
+    health = getattr(queue, "kvshare_health", None)
+    if health is not None and health.is_set():
+        logger.error("the connection to LMCache's server is closed: KV is recomputed until it is back")
+        health.clear()
+    wrapped(*args, **kwargs)
+
+
+def _chunk_size(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> int:
+    """An engine starts without its server, too; LMCache's does not."""
+    try:
+        return wrapped(*args, **kwargs)
+    except TimeoutError:
+        logger.error("LMCache's server does not answer: KV is recomputed until it does")
+        return lmcache_settings.effective(os.environ.get("LMCACHE_CONFIG_FILE")).chunk_size
+
+
+def _first_register(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
+    try:
+        wrapped(*args, **kwargs)
+    except (ConnectionError, TimeoutError) as error:  # LMCache registers again when a heartbeat is answered
+        logger.error("LMCache's server: %s: KV is recomputed until that has changed", error)
+        adapter._health_event.clear()
+        adapter._ensure_heartbeat_started()
+
+
+def _register(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
+    wrapped(*args, **kwargs)
+    size = adapter.req_client.get_chunk_size().result(timeout=adapter._mq_timeout)
+    if size != adapter.lmcache_tokens_per_chunk:  # another server than the one that was there, or than the config says
+        raise ConnectionError(f"its chunks are {size} tokens, ours {adapter.lmcache_tokens_per_chunk}")
+    _send(adapter, "ready")
+
+
+# -- what arrives -----------------------------------------------------------------------------
+
+
+class Transfer:
+    """A store or load; ``done(arrived)`` is called once, when it has ended.
+
+    Args:
+        future: LMCache's; None if it did not even try.
+    """
+
+    def __init__(self, future: Any, done: Callable[[bool], None]) -> None:
+        self._future, self._done = future, done
+
+    def settle(self, healthy: bool) -> bool:
+        """Whether it has ended. When the server is gone LMCache gives it up, and so do we."""
+        ended = self._future is None or self._future.query()
+        if not ended and healthy:
+            return False
+        self._done(bool(ended and self._future and self._future.result(timeout=0)))
+        return True
+
+
+def _store(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
+    future = _submit(adapter, "store_futures", lambda: wrapped(*args, **kwargs), _call(args, kwargs))
+    if not _reports(adapter):
+        return
+    call = _call(args, kwargs)
+    request, end = _request(call), call["op"].end
+    submitted = time.monotonic()
+
+    def done(arrived: bool) -> None:
+        seconds = time.monotonic() - submitted
+        _send(adapter, "stored", **request, end=end if arrived else 0, seconds=seconds)
+
+    _send(adapter, "store", **request, keys=[key for _, _, key in _chunks(adapter, call)])
+    _settle_later(adapter, Transfer(future, done))
+
+
+def _retrieve(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
+    began = time.monotonic()
+    future = _submit(adapter, "retrieve_futures", lambda: wrapped(*args, **kwargs), _call(args, kwargs))
+    if not _reports(adapter):
+        return
+    call = _call(args, kwargs)
+    first = call["op"].start + call["op"].skip_first_n_tokens
+
+    def done(arrived: bool) -> None:
+        chunks = list(_chunks(adapter, call)) if arrived else []
+        _send(
+            adapter,
+            "load",
+            **_request(call),
+            keys=[key for _, _, key in chunks],
+            tokens=[end - max(start, first) for start, end, _ in chunks],
+            expected=call["op"].end - first,
+            seconds=time.monotonic() - began,
+        )
+
+    _settle_later(adapter, Transfer(future, done))
+
+
+def _submit(adapter: Any, name: str, submit: Callable[[], None], call: dict[str, Any]) -> Any:
+    """Submit a transfer; returns its future, None if LMCache did not even try."""
+    futures, request_id = getattr(adapter, name), call["request_id"]
+    before, began = futures.get(request_id), time.monotonic()
+    submit()
+    entry = futures.get(request_id)
+    if entry is before:
+        return None
+    future = entry[0] if isinstance(entry, tuple) else entry
+    waited = time.monotonic() - began >= adapter._mq_timeout
+    if waited and future.query() and not future.result(timeout=0):
+        logger.error("LMCache's server does not answer: KV is recomputed until it does")
+        adapter._health_event.clear()
+    return future
+
+
+def _poll(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> Any:
+    result = wrapped(*args, **kwargs)
+    waiting, adapter.kvshare_transfers = adapter.kvshare_transfers, []
+    for transfer in waiting:
+        _settle_later(adapter, transfer)
+    return result
+
+
+def _settle_later(adapter: Any, transfer: Transfer) -> None:
+    """Now if it has ended, else when vLLM asks what has: it does with each step while one is under way."""
+    try:
+        if not transfer.settle(adapter.is_healthy):
+            adapter.kvshare_transfers.append(transfer)
+    except Exception:
+        logger.exception("kvshare could not report a transfer; the transfer itself is done")
+
+
+def _call(args: tuple, kwargs: dict) -> dict[str, Any]:
+    return {**dict(zip(SUBMIT, args, strict=False)), **kwargs}
+
+
+def _chunks(adapter: Any, call: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """(start, end, key) of the chunks that a transfer is about."""
+    op, size = call["op"], adapter.lmcache_tokens_per_chunk
+    digests = chunk_digests(op.token_ids[: op.end], size)
+    for start in range(op.start, op.end, size):
+        yield start, start + size, policy.fold(int(digests[start // size], 16), call.get("cache_salt", ""))
+
+
+def _request(call: dict[str, Any]) -> dict[str, Any]:
+    configs = call.get("request_configs") or {}
+    return {"request": configs.get(worker_events.REQUEST), "policy": configs.get(policy.TAG, "")}
+
+
+def _reports(adapter: Any) -> bool:
+    """One rank speaks for its replica: every rank holds a slice of the same tokens."""
+    return worker_events.sender() is not None and adapter.parallel_strategy.vllm_worker_id == 0
+
+
+def _send(adapter: Any, op: str, **fields: Any) -> None:
+    sender = worker_events.sender()
+    if sender is not None and adapter.parallel_strategy.vllm_worker_id == 0:
+        sender.send({"op": op, **fields})

@@ -1,0 +1,151 @@
+"""verl on a machine with no accelerator: platform ``cpu`` and the weight sync into vLLM.
+
+Set ``VERL_PLATFORM=cpu`` (and ``VERL_ENGINE_DEVICE=cuda``: verl 0.9.1 registers its FSDP engines for
+cuda and npu only). For trying things out: slow, and exact in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kvshare.hooks.patch import wrap
+
+
+def is_cpu() -> bool:
+    return os.environ.get("VERL_PLATFORM", "").lower() == "cpu"
+
+
+def register_platform(module: Any) -> None:
+    module.PlatformRegistry.register(platform="cpu")(_platform_class(module.PlatformBase))
+
+
+def patch_process_group(module: Any) -> None:
+    """verl asks for the backend "cpu:gloo,cpu:gloo", which torch refuses as a duplicate."""
+    if is_cpu():
+        wrap(module, "initialize_global_process_group_ray", _one_backend, "timeout_second", "backend")
+
+
+def _one_backend(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    def call(timeout_second: int | None = None, backend: str | None = None) -> Any:
+        return wrapped(timeout_second=timeout_second, backend=backend or "cpu:gloo")
+
+    return call(*args, **kwargs)
+
+
+def patch_critic(module: Any) -> None:
+    """verl loads the critic with FlashAttention whatever the config says; CPU has none."""
+    if is_cpu():
+        wrap(module, "load_valuehead_model", _critic, "local_path", "torch_dtype", "model_config", "trust_remote_code")
+
+
+def _critic(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    def load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification.from_pretrained(
+            local_path,
+            torch_dtype=torch_dtype,
+            config=model_config,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+        )
+
+    return load(*args, **kwargs)
+
+
+def _device_module() -> types.ModuleType:
+    """torch.cpu with the members verl expects of torch.<accelerator>."""
+    import torch
+
+    class CPUModule(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch.cpu, name)
+
+    module = CPUModule("kvshare.torch_cpu")
+    for name in ("empty_cache", "ipc_collect", "synchronize", "set_device"):
+        setattr(module, name, lambda *args, **kwargs: None)
+    for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
+        setattr(module, name, lambda *args, **kwargs: None)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+        setattr(module, name, lambda *args, **kwargs: 0)
+    vars(module).update(
+        is_available=lambda: False,
+        device_count=lambda: 1,
+        mem_get_info=lambda *args, **kwargs: (0, 0),
+        get_device_name=lambda *args, **kwargs: "CPU",
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+        get_rng_state=torch.get_rng_state,
+        set_rng_state=torch.set_rng_state,
+    )
+    return module
+
+
+def _platform_class(base: type) -> type:
+    class PlatformCPU(base):
+        device_name = "cpu"
+        vendor_name = "cpu"
+        device_module = _device_module()
+
+        def is_available(self) -> bool:
+            return True
+
+        def is_platform_available(self, use_smi_check: bool = False) -> bool:
+            return False  # never chosen by itself, only by VERL_PLATFORM
+
+        def current_device(self) -> Any:
+            import torch
+
+            return torch.device("cpu")  # verl does tensor.to(...): a number would be an accelerator
+
+        def device_count(self) -> int:
+            return 1
+
+        def set_device(self, device_index: int) -> None: ...
+
+        def synchronize(self, device_index: int | None = None) -> None: ...
+
+        def manual_seed(self, seed: int) -> None:
+            import torch
+
+            torch.manual_seed(seed)
+
+        manual_seed_all = manual_seed
+
+        def set_allocator_settings(self, settings: str) -> None: ...
+
+        def empty_cache(self) -> None: ...
+
+        def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+            return None, None
+
+        def communication_backend_name(self) -> str:
+            return "gloo"
+
+        def visible_devices_envvar(self) -> str:
+            return "CUDA_VISIBLE_DEVICES"
+
+        def ray_resource_name(self) -> str:
+            return "GPU"  # verl knows GPU and NPU; ray.init(num_gpus=N) pretends to N
+
+        def ray_noset_envvars(self) -> list[str]:
+            return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
+
+        def is_ipc_supported(self) -> bool:
+            return False  # weights go through POSIX shared memory
+
+        @contextmanager
+        def nvtx_range(self, msg: str) -> Iterator[None]:
+            yield
+
+        def profiler_start(self) -> None: ...
+
+        def profiler_stop(self) -> None: ...
+
+        def cudart(self) -> None: ...
+
+    return PlatformCPU

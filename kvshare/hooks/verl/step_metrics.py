@@ -1,0 +1,99 @@
+"""Every step's sharing in verl's own logger, under ``kvshare/``, and in one line on the console.
+
+verl 0.9.1 gives its trainers no hook for metrics of somebody else's, so ``Tracking.log`` is wrapped,
+through which all of them log. A step is what the ledger holds between two calls; only what is new in
+it is read. What goes wrong here is logged once, and training goes on without these metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from cachetools import LRUCache
+
+from kvshare.core import server_status
+from kvshare.hooks.patch import UpstreamChanged, wrap
+from kvshare.record import token_sources
+from kvshare.record.event_log import RUN_DIR, Ledger, Reader
+from kvshare.record.report import STEP, not_seen
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED = 100_000  # keys, and who stored them: loads come soon after, or never
+
+
+def patch_tracking(module: Any) -> None:
+    try:
+        wrap(module, "Tracking.log", _log, "data", "step")
+    except UpstreamChanged as changed:  # no reason not to train
+        logger.error("verl's logger will not have kvshare's metrics: %s", changed)
+
+
+def _log(wrapped: Any, tracking: Any, args: tuple, kwargs: dict) -> Any:
+    def log(data: dict[str, Any], step: int, *more: Any, **named: Any) -> Any:
+        return wrapped({**data, **_sharing(tracking, data)}, step, *more, **named)
+
+    return log(*args, **kwargs)
+
+
+def _sharing(tracking: Any, data: dict[str, Any]) -> dict[str, float]:
+    folder = os.environ.get(RUN_DIR)
+    if not folder or STEP not in data or getattr(tracking, "kvshare_failed", False):
+        return {}
+    try:
+        if not hasattr(tracking, "kvshare_steps"):
+            tracking.kvshare_steps = Steps(Path(folder))
+        metrics, line = tracking.kvshare_steps.step(int(data[STEP]))
+        print(line, flush=True)
+    except Exception:
+        tracking.kvshare_failed = True
+        logger.exception("kvshare's metrics end here; training and sharing go on")
+        return {}
+    return metrics
+
+
+class Steps:
+    """The steps of a run, as they end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._ledger = Ledger("trainer", str(folder))
+        self._reader = Reader(folder)
+        self._run = _read(folder / "run.json")
+        self._seen: set[int] = set()
+        self._stored: token_sources.Stored = LRUCache(maxsize=REMEMBERED)
+        self._prefill: float | None = None
+
+    def step(self, number: int) -> tuple[dict[str, float], str]:
+        """What replicas have done since the last step: metrics and a line about them."""
+        events = token_sources.of_replicas(self._reader.read())
+        self._seen |= {event["replica"] for event in events}
+        token_sources.remember(self._stored, events)
+        self._prefill = max(filter(None, [self._prefill, token_sources.fastest_prefill(events)]), default=None)
+        self._ledger.write("step", step=number, server=server_status.read(self._run.get("server_status")))
+        metrics = token_sources.metrics(events, self._stored, self._prefill)
+        metrics["replicas_seen"] = len(self._seen)
+        unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in self._seen]
+        return {f"kvshare/{name}": value for name, value in metrics.items()}, describe(number, metrics, unseen)
+
+
+def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
+    """One line for a human."""
+    shown = {name: f"{metrics[f'{name}_tokens']:,}" for name in ("prompt", *token_sources.SOURCES, "stale_hit")}
+    unknown = f", {shown['unknown_hit']} of unknown origin" if metrics["unknown_hit_tokens"] else ""
+    stale = f"STALE: {shown['stale_hit']}" if metrics["stale_hit_tokens"] else "0 stale"
+    saved = metrics.get("time_saved_s")
+    return (
+        f"kvshare step {step}: {shown['prompt']} prompt tokens: {shown['computed']} computed, "
+        f"{shown['local_hit']} local hit, {shown['shared_hit']} shared hit{unknown}, {stale}; "
+        + (f"{saved:.2f} s saved" if saved is not None else "time saved not known yet")
+        + (f"; {not_seen(unseen)}" if unseen else "")
+    )
+
+
+def _read(run: Path) -> dict[str, Any]:
+    """run.json, which preflight wrote; on another node it may be missing."""
+    return json.loads(run.read_text()) if run.is_file() else {}

@@ -1,0 +1,1 @@
+"""From a launcher's arguments to a training that runs: preflight, forecast, processes, the report at the end."""

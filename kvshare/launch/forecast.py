@@ -1,0 +1,209 @@
+"""How much of a run's prompts can be shared, before it starts. Pure arithmetic, no I/O.
+
+With the router each chunk that prompts of a step have in common is computed once. Each other replica that gets a
+request for it loads it, once: its own prefix cache serves the rest. A chunk that m requests have in common is
+therefore loaded min(R, m) - 1 times with R replicas; placing by load sends m requests to as many different replicas
+as there are, or very nearly (docs/routing.md). With no more answers than replicas it is an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, median, quantiles
+from typing import Any
+
+from kvshare.routing.prefixes import chunk_digests
+
+Step = Sequence[list[int]]
+"""The prompts of one training step, as token ids."""
+
+CHUNK_SIZES = (512, 256, 128, 64, 32, 16)
+"""What a verdict may propose instead."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the arithmetic needs to know of a run.
+
+    Args:
+        replicas: rollout replicas.
+        samples: answers to each prompt (``rollout.n``).
+        chunk_size: tokens that LMCache stores as one entry.
+        block_size: tokens in a block of vLLM's own prefix cache.
+        token_bytes: of KV of one token, over all ranks of a replica.
+        routed: kvshare's router is used; with verl's own, replicas compute the same prompt at the same time.
+    """
+
+    replicas: int
+    samples: int
+    chunk_size: int
+    block_size: int
+    token_bytes: int
+    routed: bool = True
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a prompt, over the prompts looked at."""
+
+    mean: float
+    median: float
+    p95: float
+    longest: int
+    fill_a_chunk: int  # prompts
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], chunk_size: int) -> Lengths:
+        lengths = [len(prompt) for prompt in prompts]
+        p95 = quantiles(lengths, n=20, method="inclusive")[-1] if len(lengths) > 1 else lengths[0]
+        return cls(mean(lengths), median(lengths), p95, max(lengths), sum(n >= chunk_size for n in lengths))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Means over the steps looked at; tokens are prompt tokens of all samples.
+
+    ``shareable_tokens_a_step``: loaded from another replica. ``local_tokens_a_step``: found by a replica in its
+    own prefix cache. The rest is computed. In a conversation of several turns they are those of its first prompt:
+    later turns stay with their replica, and what it has of them is local, too.
+    """
+
+    prompts: int  # looked at
+    of: int  # in the data
+    steps: int  # looked at
+    lengths: Lengths
+    recipe: Recipe
+    prompt_tokens_a_step: int
+    shareable_tokens_a_step: int
+    local_tokens_a_step: int
+    stored_bytes_a_step: int
+    elsewhere: dict[int, float]  # shareable share of the prompt tokens, by other chunk sizes
+
+    @property
+    def share(self) -> float:
+        return self.shareable_tokens_a_step / self.prompt_tokens_a_step
+
+    @property
+    def _at_most(self) -> str:
+        """Two answers may be placed on one replica: with more answers than replicas others make up for it."""
+        return "at most " if self.share >= 0.0005 and self.recipe.samples <= self.recipe.replicas else ""
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        recipe = self.recipe
+        head = f"{self._at_most}{self.share:.1%} of prompt tokens can be shared with chunk_size {recipe.chunk_size}"
+        if recipe.replicas == 1:
+            return f"{head}: one replica has nobody to share with; try more devices"
+        if not recipe.routed:
+            return f"{head}: verl's own router has all replicas compute a prompt at once; try ROUTER=config/router.yaml"
+        better = self._better_chunk_size()
+        smaller = f"chunk_size {better} ({self.elsewhere[better]:.1%}), or " if better else ""
+        if self.share < 0.01 and recipe.samples == 1 and not smaller:
+            return f"{head}: each prompt is answered once, and prompts have no chunk in common; try rollout.n above 1"
+        if self.share < 0.01 or smaller:
+            lengths = self.lengths
+            return (
+                f"{head}: {lengths.fill_a_chunk:,} of {self.prompts:,} prompts fill a chunk, their mean is "
+                f"{lengths.mean:.0f} tokens; try {smaller}longer prompts (kvshare prepare --shots 8)"
+            )
+        return (
+            f"{head}: {self.shareable_tokens_a_step:,} of {self.prompt_tokens_a_step:,} in a step, "
+            f"{self.local_tokens_a_step:,} more within a replica"
+        )
+
+    def _better_chunk_size(self) -> int | None:
+        """The largest with at least half of what the best could share, if this one has not."""
+        best = max(self.elsewhere.values(), default=0.0)
+        if self.share >= best / 2:
+            return None
+        return max(size for size, share in self.elsewhere.items() if share >= best / 2)
+
+    def facts(self) -> dict[str, str]:
+        """In words."""
+        lengths, total = self.lengths, self.prompt_tokens_a_step
+        computed = total - self.shareable_tokens_a_step - self.local_tokens_a_step
+        elsewhere = ", ".join(f"{size}: {share:.1%}" for size, share in self.elsewhere.items())
+        looked = f"{self.prompts:,} of {self.of:,}, {self.steps:,} steps"
+        return {
+            "prompts looked at": looked if self.prompts < self.of else f"all {self.of:,}",
+            "tokens of a prompt": f"mean {lengths.mean:.0f}, median {lengths.median:.0f}, 95% have at most "
+            f"{lengths.p95:.0f}, longest {lengths.longest:,}",
+            "fill a chunk": f"{lengths.fill_a_chunk:,} of {self.prompts:,} (chunk_size {self.recipe.chunk_size})",
+            "prompt tokens a step": f"{total:,}",
+            "  from another replica": f"{self._at_most}{self.shareable_tokens_a_step:,} ({self.share:.1%})",
+            "  within a replica": f"{self.local_tokens_a_step:,} ({self.local_tokens_a_step / total:.1%})",
+            "  computed": f"{computed:,} ({computed / total:.1%})",
+            "stored a step": f"{self.stored_bytes_a_step / 2**30:.2f} GiB ({self.recipe.token_bytes:,} bytes a token)",
+            **({"with another chunk_size": elsewhere} if elsewhere else {}),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For ``run.json``."""
+        names = ("shareable_tokens_a_step", "local_tokens_a_step", "stored_bytes_a_step")
+        return {**{name: getattr(self, name) for name in names}, "verdict": self.verdict}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def forecast(steps: Sequence[Step], recipe: Recipe, of: int) -> Forecast:
+    """What a step of a run shares and stores.
+
+    Args:
+        steps: prompts of some of its steps.
+        of: prompts in the data.
+    """
+    prompts = [prompt for step in steps for prompt in step]
+    shared, stored, local = zip(*(_count(step, recipe) for step in steps), strict=True)
+    sizes = [size for size in CHUNK_SIZES if size != recipe.chunk_size and not size % recipe.block_size]
+    tokens = recipe.samples * sum(map(len, prompts))
+    return Forecast(
+        prompts=len(prompts),
+        of=of,
+        steps=len(steps),
+        lengths=Lengths.of(prompts, recipe.chunk_size),
+        recipe=recipe,
+        prompt_tokens_a_step=round(tokens / len(steps)),
+        shareable_tokens_a_step=round(mean(shared)),
+        local_tokens_a_step=round(mean(local)),
+        stored_bytes_a_step=round(mean(stored)) * recipe.token_bytes,
+        elsewhere={size: sum(_shared(step, recipe, size) for step in steps) / tokens for size in sizes},
+    )
+
+
+def _count(step: Step, recipe: Recipe) -> tuple[int, int, int]:
+    """Tokens loaded from another replica, tokens stored, tokens found in a replica's own prefix cache."""
+    stored = len(_requests(step, recipe, recipe.chunk_size)) * recipe.chunk_size
+    # vLLM computes the last token of a prompt in any case.
+    blocks = _requests([prompt[:-1] for prompt in step], recipe, recipe.block_size)
+    local = sum(requests - min(recipe.replicas, requests) for requests in blocks.values()) * recipe.block_size
+    return _shared(step, recipe, recipe.chunk_size), stored, local
+
+
+def _shared(step: Step, recipe: Recipe, chunk_size: int) -> int:
+    if not recipe.routed:
+        return 0
+    chunks = _requests(step, recipe, chunk_size).values()
+    return sum(min(recipe.replicas, requests) - 1 for requests in chunks) * chunk_size
+
+
+def _requests(prompts: Iterable[list[int]], recipe: Recipe, size: int) -> Counter[str]:
+    """How many requests of a step have each chunk of ``size`` tokens, and all before it."""
+    return Counter(
+        {
+            digest: count * recipe.samples
+            for digest, count in Counter(d for prompt in prompts for d in chunk_digests(prompt, size)).items()
+        }
+    )
+
+
+def kv_bytes(model: dict[str, Any], dtype_bytes: int = 2) -> int:
+    """Bytes of KV a token over all layers, from a Hugging Face ``config.json``."""
+    if "kv_lora_rank" in model:  # multi-head latent attention: one latent vector for K and V
+        return model["num_hidden_layers"] * (model["kv_lora_rank"] + model["qk_rope_head_dim"]) * dtype_bytes
+    heads = model["num_attention_heads"]
+    head_size = model.get("head_dim") or model["hidden_size"] // heads
+    return 2 * model["num_hidden_layers"] * model.get("num_key_value_heads", heads) * head_size * dtype_bytes

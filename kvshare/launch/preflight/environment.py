@@ -1,0 +1,44 @@
+"""What processes inherit, or do not."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from kvshare.core.job import Job
+from kvshare.core.lmcache_settings import NOT_SETTINGS
+
+NEEDED = re.compile("(LMCACHE|LMCache|VLLM|VERL|UCX|NCCL)_.+|KVSHARE_RUN_DIR|PYTHONHASHSEED")
+NOT_NEEDED = {*NOT_SETTINGS, "VLLM_NO_USAGE_STATS"} - {"LMCACHE_CONFIG_FILE"}
+FORWARDED = {"VERL_FULL_DETERMINISM", "VLLM_BATCH_INVARIANT", "VERL_RL_INSIGHT_ENABLE", "PYTHONHASHSEED", "NCCL_ALGO"}
+"""By verl 0.9.1, get_ppo_ray_runtime_env."""
+
+
+def environment(job: Job) -> Iterator[str]:
+    if not os.environ.get("PYTHONHASHSEED", "").isdigit():
+        yield "PYTHONHASHSEED is not a number: chunk hashes would differ between processes: export PYTHONHASHSEED=0"
+
+
+def cluster(job: Job) -> Iterator[str]:
+    """Workers of a Ray cluster that is up have the environment of who started it."""
+    job.facts["cluster"] = "verl starts Ray itself"
+    if not (address := _ray_address(job)):
+        return
+    job.facts["cluster"] = f"Ray at {address}"
+    given = OmegaConf.select(job.config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
+    lost = [n for n in sorted(os.environ) if NEEDED.fullmatch(n) and n not in {*given, *FORWARDED, *NOT_NEEDED}]
+    if lost:
+        options = " ".join(f"+ray_kwargs.ray_init.runtime_env.env_vars.{n}='{os.environ[n]}'" for n in lost)
+        yield f"Ray at {address} is up already, its workers will not see {', '.join(lost)}: add {options}"
+
+
+def _ray_address(job: Job) -> str | None:
+    """Of the cluster that verl's ``ray.init`` will connect to, as Ray looks for one; None: it starts its own."""
+    current = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    address = os.environ.get("RAY_ADDRESS") or OmegaConf.select(job.config, "ray_kwargs.ray_init.address")
+    address = address or (current.read_text().strip() if current.is_file() else None)
+    return None if address == "local" else address

@@ -1,0 +1,101 @@
+"""The forecast, and the memory it takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvshare.core import server_status
+from kvshare.core.job import Job
+from kvshare.launch.forecast import Recipe, kv_bytes
+from kvshare.launch.forecast import forecast as predict
+from kvshare.launch.preflight import prompts
+from kvshare.launch.preflight.lmcache import CPU_BLOCK_SIZE
+
+GPU_BLOCK_SIZE = 16
+"""Tokens in a block of vLLM's KV cache, by default; on Ascend it is CPU's."""
+
+FEW = 0.01
+"""Less than this share of prompt tokens is worth a warning."""
+
+
+def forecast(job: Job) -> Iterator[str]:
+    steps, total = prompts.steps(job)
+    job.forecast = predict(steps, recipe(job), total)
+    job.facts["forecast"] = job.forecast.verdict
+    if job.shares and job.forecast.share < FEW:
+        yield job.forecast.verdict
+
+
+def recipe(job: Job) -> Recipe:
+    from transformers import AutoConfig
+
+    model = job.config.actor_rollout_ref.model
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    default = GPU_BLOCK_SIZE if job.device == "cuda" else CPU_BLOCK_SIZE
+    return Recipe(
+        replicas=job.replicas,
+        samples=job.rollout.n,
+        chunk_size=job.lmcache.chunk_size,
+        block_size=job.rollout.engine_kwargs.vllm.get("block_size") or default,
+        token_bytes=kv_bytes(config.get_text_config().to_dict(), 4 if job.rollout.dtype == "float32" else 2),
+        routed=job.shares and bool(job.rollout.router_config_path),
+    )
+
+
+MP_FULL = 0.8
+"""Of its memory: from here on LMCache's multi-process server evicts (--eviction-trigger-watermark)."""
+
+
+def needed(job: Job) -> str:
+    """Memory that sharing takes, in one line; after ``forecast``."""
+    assert job.forecast is not None
+    settings, step = job.lmcache, f"a step stores {job.forecast.stored_bytes_a_step / 2**30:.2f} GiB"
+    if job.backend == "mp":
+        return f"{settings.max_local_cpu_size:g} GiB a host (lmcache server); {step}"
+    workers, size = job.config.trainer.n_gpus_per_node, settings.max_local_cpu_size if settings.local_cpu else 0
+    server = ", and the server's bound" if job.backend == "remote" else ""
+    return f"{workers * size:g} GiB a node ({workers} workers, {size:g} each){server}; {step}"
+
+
+def memory(job: Job) -> Iterator[str]:
+    """Whether what a step stores has room where it goes."""
+    if job.forecast is None or not job.shares:
+        return
+    stored = job.forecast.stored_bytes_a_step
+    job.facts["memory"] = needed(job)
+    if job.backend != "mp":  # there it is the server's
+        yield from _local_tier(job)
+    status = os.environ.get(server_status.VARIABLE)
+    if job.backend == "remote" and status and Path(status).is_file():
+        limit = json.loads(Path(status).read_text())["limit"]
+        yield from _too_small("kvshare server", limit, stored, f"--memory {math.ceil(stored / 2**30 * 1.2)}")
+    if job.backend == "mp":
+        limit = int(job.lmcache.max_local_cpu_size * MP_FULL * 2**30)
+        room = math.ceil(stored / 2**30 / MP_FULL)
+        yield from _too_small("lmcache server", limit, stored, f"max_local_cpu_size: {room}")
+
+
+def _too_small(server: str, limit: int, stored: int, start: str) -> Iterator[str]:
+    if limit < stored:
+        yield (
+            f"{server} keeps {limit / 2**30:.2f} GiB, a step stores {stored / 2**30:.2f} GiB: prefixes may be evicted "
+            f"before others read them: start it with {start}"
+        )
+
+
+def _local_tier(job: Job) -> Iterator[str]:
+    """LMCache takes all of it when it starts, for each worker."""
+    import psutil
+
+    size = job.lmcache.max_local_cpu_size if job.lmcache.local_cpu else 0
+    workers = job.config.trainer.n_gpus_per_node
+    free = psutil.virtual_memory().available / 2**30
+    if workers * size > free:
+        yield (
+            f"max_local_cpu_size {size:g} GiB for each of {workers} workers is {workers * size:g} GiB, this machine "
+            f"has {free:.1f} free: make it less than {free / workers:.1f}"
+        )

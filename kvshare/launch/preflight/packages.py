@@ -1,0 +1,52 @@
+"""What must be installed, and fit together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+from kvshare.core import ascend, versions
+from kvshare.core.job import Job, one_line
+from kvshare.core.versions import installed
+
+CUDA_CODE = ("lmcache.cuda_ops", "lmcache.c_ops")
+"""From LMCache 0.5.4 on, and before."""
+
+
+def packages(job: Job) -> Iterator[str]:
+    yield from versions.problems(job.device)
+    if job.device == "npu":
+        yield from ascend.missing()
+    if find_spec("torchvision") and job.device == "cpu":
+        yield "package torchvision does not fit torch's CPU build: pip uninstall -y torchvision torchaudio torchcodec"
+    job.facts["packages"] = ", ".join(f"{name} {installed(name)}" for name in versions.MAIN)
+
+
+def compiled(job: Job) -> Iterator[str]:
+    """Where LMCache's CUDA code does not load, it warns once in a log and goes on with something slow."""
+    if job.device != "cuda":
+        return
+    import torch
+
+    found = next((name for name in CUDA_CODE if find_spec(name)), None)
+    fix = f"install the lmcache of {versions.requirements(job.device)}, or build it with this torch"
+    if found is None:
+        yield f"LMCache was built without its CUDA code, it would copy KV slowly: {fix}"
+        return
+    try:
+        import_module(found)
+    except ImportError as error:
+        yield f"{found}, LMCache's CUDA code, does not load with torch {torch.__version__} ({one_line(error)}): {fix}"
+
+
+def plugins(job: Job) -> Iterator[str]:
+    if not [e for e in entry_points(group="vllm.general_plugins") if e.name == "kvshare"]:
+        yield "vLLM does not see kvshare's plugin: pip install -e . (or the kvshare wheel) in this environment"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "kvshare" not in allowed.split(","):
+        yield f"VLLM_PLUGINS={allowed} keeps kvshare's plugin out: add kvshare to it, or unset it"
+    if "kvshare.verl_plugin" not in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","):
+        yield "verl does not load kvshare's plugin: export VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin"

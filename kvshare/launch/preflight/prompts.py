@@ -1,0 +1,69 @@
+"""The prompts a run will send, as its own token ids: verl's data set, order and chat template."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from kvshare.core.errors import UserError
+from kvshare.core.job import Job
+
+ENOUGH = 1_000_000
+"""Tokens: after so many no further step is looked at. Tokenizing them takes seconds."""
+
+
+def steps(job: Job) -> tuple[list[list[list[int]]], int]:
+    """Prompts of the first steps, as token ids, and how many prompts the data has.
+
+    Raises:
+        UserError: there are too few for one step, which verl ends with a ZeroDivisionError.
+    """
+    from datasets import disable_progress_bars
+    from omegaconf import OmegaConf
+    from verl.trainer.ppo.utils import create_rl_dataset
+    from verl.utils.config import omega_conf_to_dataclass
+
+    model = omega_conf_to_dataclass(job.config.actor_rollout_ref.model)
+    # Filtering would tokenize all of it.
+    data: Any = OmegaConf.merge(job.config.data, {"filter_overlong_prompts": False})
+    disable_progress_bars()
+    with contextlib.redirect_stdout(io.StringIO()):  # verl prints as it reads
+        dataset = create_rl_dataset(
+            data.train_files, data, model.tokenizer, model.processor, max_samples=data.get("train_max_samples", -1)
+        )
+    size = data.train_batch_size
+    found: list[list[list[int]]] = []
+    left = 0
+    prompts = (ids for ids in _tokenized(dataset, model, data) if len(ids) <= data.max_prompt_length)
+    while sum(len(ids) for step in found for ids in step) < ENOUGH and (step := list(islice(prompts, size))):
+        found.append(step)
+    if found and len(found[-1]) < size:
+        left = len(found.pop())  # verl drops it, too
+    if not found:
+        raise UserError(
+            f"{left} of {len(dataset)} prompts have at most data.max_prompt_length {data.max_prompt_length} tokens, "
+            f"a step needs data.train_batch_size {size}: raise the first, lower the second, or give more data"
+        )
+    return found, len(dataset)
+
+
+def _tokenized(dataset: Any, model: Any, data: Any) -> Iterator[list[int]]:
+    """As an agent loop of verl 0.9.1 builds the first prompt of a conversation."""
+    from verl.trainer.ppo.utils import create_rl_sampler
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+
+    if model.custom_chat_template is not None:
+        model.tokenizer.chat_template = model.custom_chat_template
+    builder = create_continuous_token_builder(
+        model.tokenizer,
+        hf_model_type=model.hf_config.model_type,
+        chat_template_kwargs=data.get("apply_chat_template_kwargs", {}),
+        mm_processor_kwargs=data.get("mm_processor_kwargs", {}),
+        processor=model.processor,
+    )
+    for index in create_rl_sampler(data, dataset):
+        messages = list(dataset[index]["raw_prompt"])
+        yield list(builder.build_initial_tokens(messages, tools=dataset.tool_schemas))

@@ -1,0 +1,34 @@
+"""``run.json``: what preflight knows about a run, for its report."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kvshare.core import server_status, versions
+from kvshare.core.job import Job
+from kvshare.core.versions import installed
+
+
+def record(job: Job, folder: Path) -> None:
+    """Write ``run.json``, which the report needs, and clear what an earlier run left in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("events-*.jsonl"):
+        old.unlink()
+    (folder / "run.json").write_text(json.dumps(describe(job), indent=2) + "\n")
+
+
+def describe(job: Job) -> dict[str, Any]:
+    return {
+        "backend": job.backend if job.shares else "no connector",
+        "device": job.device,
+        "replicas": job.replicas,
+        "model": str(job.config.actor_rollout_ref.model.path),
+        "chunk_size": job.lmcache.chunk_size,
+        "forecast": job.forecast.record() if job.forecast else None,
+        "server_status": os.environ.get(server_status.VARIABLE),
+        "adv_estimator": str(job.config.algorithm.adv_estimator),
+        "versions": {name: installed(name) for name in versions.MAIN},
+    }

@@ -1,0 +1,26 @@
+"""The service that the backend of a job needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvshare.core import ports
+from kvshare.core.job import Job
+from kvshare.services.backends import BACKENDS
+
+
+def service(job: Job) -> Iterator[str]:
+    if not job.shares:
+        job.facts["service"] = "no connector: a baseline, nothing is shared"
+        return
+    yield from BACKENDS[job.backend].running(job)
+
+
+def exposure(job: Job) -> Iterator[str]:
+    values = [str(getattr(job.lmcache, key)) for key in BACKENDS[job.backend].addresses]
+    listed = [value.rpartition(":")[2] for value in values]
+    for host, port in ports.exposed({int(port) for port in listed if port.isdigit()}):
+        yield (
+            f"port {port} of LMCache listens on {host}, beyond this host, and asks nobody who they are: "
+            "start it with 127.0.0.1, or see to a firewall"
+        )

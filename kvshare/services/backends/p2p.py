@@ -1,0 +1,78 @@
+"""The p2p backend: replicas that read from each other, and one lmcache_controller."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from kvshare.core import ascend, versions
+from kvshare.core import ports as host_ports
+from kvshare.core.job import Job
+from kvshare.core.p2p_identity import LOOPBACK, PORT_LISTS, TooFewPorts, check_ports
+from kvshare.services import health
+from kvshare.services.backends.backend import Backend, Exports, Ports
+
+
+def _settings(job: Job, path: str | None) -> Iterator[str]:
+    channel = job.lmcache.transfer_channel
+    if not (job.lmcache.enable_p2p and job.lmcache.enable_controller):
+        yield f"{path}: the p2p backend needs enable_p2p: true and enable_controller: true"
+    if job.device != "npu" and not job.lmcache.enable_async_loading:
+        yield f"{path}: without enable_async_loading: true LMCache never asks the other replicas: set it"
+    if channel == "nixl" and not find_spec("nixl"):
+        yield f"package nixl, the P2P transport, is missing: pip install nixl ({versions.requirements(job.device)})"
+    if job.device == "npu" and channel not in ascend.TRANSFER_CHANNELS:
+        known = " or ".join(ascend.TRANSFER_CHANNELS)
+        yield f"transfer_channel {channel} is not one LMCache-Ascend knows: set it to {known}"
+
+
+def _running(job: Job) -> Iterator[str]:
+    lmcache = job.lmcache
+    at = health.check_controller(lmcache.controller_pull_url, lmcache.controller_reply_url)
+    job.facts["service"] = f"lmcache_controller at {at}"
+    if job.rollout.data_parallel_size > 1:
+        yield "the p2p backend takes one engine a replica: set rollout.data_parallel_size=1, and more devices or nodes"
+    if job.config.trainer.nnodes > 1 and job.lmcache.p2p_host not in LOOPBACK:
+        yield f"p2p_host {job.lmcache.p2p_host} is one node's: set it to localhost, each replica takes its own node's"
+    try:
+        check_ports(lmcache.to_dict(), job.replicas, job.world_size)
+    except TooFewPorts as error:
+        yield str(error)
+        return
+    for name in PORT_LISTS:
+        own = list(dict.fromkeys(getattr(lmcache, name) or []))[: job.replicas * job.world_size]
+        taken = [port for port in own if not host_ports.is_free("127.0.0.1", port)]
+        if taken and job.config.trainer.nnodes == 1:
+            yield f"{name}: port {', '.join(map(str, taken))} is taken: stop what uses it, or choose other ports"
+
+
+def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
+    monitor = {name: port for name, port in ports.items() if name != "http"}
+    command = [sys.executable, "-m", "lmcache.v1.api_server", "--host", listen, "--port", str(ports["http"])]
+    # A replica that is silent for so many seconds is forgotten; LMCache's default is never.
+    command += ["--health-check-interval", "2", "--lmcache-worker-timeout", "10"]
+    return [*command, "--monitor-ports", json.dumps(monitor)]
+
+
+def _exports(host: str, ports: Ports, folder: Path) -> Exports:
+    return {
+        "LMCACHE_CONTROLLER_PULL_URL": f"{host}:{ports['pull']}",
+        "LMCACHE_CONTROLLER_REPLY_URL": f"{host}:{ports['reply']}",
+    }
+
+
+BACKEND = Backend(
+    service="lmcache_controller",
+    ports={"http": 9000, "pull": 8300, "reply": 8400, "heartbeat": 8500},
+    command=_command,
+    exports=_exports,
+    check=lambda exports: health.check_controller(
+        exports["LMCACHE_CONTROLLER_PULL_URL"], exports["LMCACHE_CONTROLLER_REPLY_URL"]
+    ),
+    addresses=("controller_pull_url", "controller_reply_url"),
+    settings=_settings,
+    running=_running,
+)

@@ -1,0 +1,163 @@
+"""Is the service a backend needs there, and is it really LMCache's?"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
+
+import msgspec
+import zmq
+
+from kvshare.core.errors import UserError
+from kvshare.core.lm_protocol import HEALTH_REQUEST, REPLY, SUCCESS
+
+
+class NotStarted(Exception):
+    """A service ended before it was up; ``tail`` is the end of its log."""
+
+    def __init__(self, what: str, log: Path) -> None:
+        super().__init__(what)
+        self.log = log
+        self.tail = log.read_text(errors="replace").splitlines()[-15:]
+
+
+ZMTP = b"\xff"  # first byte of a ZMTP greeting, RFC 23
+GET_CHUNK_SIZE = 21
+"""Number of the operation in LMCache's multi-process protocol, which it keeps (transport/zmq_impl/wire.py)."""
+
+TIMEOUT = 3.0  # seconds; these are local or one hop away
+START_SECONDS = 120  # importing LMCache alone takes ten on a slow machine
+
+
+def check_lmcache_server(url: str) -> str:
+    """Ask an ``lm://host:port`` for its health; returns "host:port".
+
+    Raises:
+        UserError: bad URL, nobody there, or somebody else.
+    """
+    try:
+        parsed = urlparse(url)
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise UserError(f"remote_url {url!r} is not lm://HOST:PORT: correct it in the LMCache config")
+    start = f"start it with: lmcache_server {host} {port}"
+    reply = _exchange(host, port, HEALTH_REQUEST, REPLY.size, f"lmcache_server at {host}:{port}", start)
+    if len(reply) < REPLY.size or REPLY.unpack(reply)[0] != SUCCESS:
+        raise UserError(
+            f"{host}:{port} is taken by something that is not lmcache_server: "
+            f"stop it, or choose another port in remote_url and {start}"
+        )
+    return f"{host}:{port}"
+
+
+def wait_healthy(
+    name: str, process: subprocess.Popen, check: Callable[[], str], log: Path, seconds: float = START_SECONDS
+) -> str:
+    """Wait until a service that is starting is healthy; returns what ``check`` does.
+
+    Raises:
+        NotStarted: it ended instead, or is not healthy after so many seconds; ``log`` says why.
+    """
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        try:
+            return check()
+        except UserError as error:
+            if time.monotonic() > deadline:
+                raise NotStarted(f"{name} is not healthy after {seconds:.0f} s ({error})", log) from None
+            time.sleep(0.2)
+    raise NotStarted(f"{name} ended with exit code {process.returncode}", log)
+
+
+def check_controller(pull_url: str, reply_url: str) -> str:
+    """Look for lmcache_controller's two zmq sockets; returns their addresses.
+
+    Raises:
+        UserError: bad address, nobody there, or somebody else.
+    """
+    ports: dict[str, tuple[str, int]] = {}
+    for name, url in (("pull", pull_url), ("reply", reply_url)):
+        host, _, text = str(url).removeprefix("tcp://").rpartition(":")
+        if not host or not text.isdigit():
+            raise UserError(f"controller_{name}_url {url!r} is not HOST:PORT: correct it in the LMCache config")
+        ports[name] = (host, int(text))
+    host, pull, reply = ports["pull"][0], ports["pull"][1], ports["reply"][1]
+    start = (
+        f"start it with: lmcache_controller --host {host} --port 9000 "
+        f"""--monitor-ports '{{"pull": {pull}, "reply": {reply}}}'"""
+    )
+    for name, (host, port) in ports.items():
+        greeting = _exchange(host, port, b"", 1, f"lmcache_controller's {name} port {host}:{port}", start)
+        if greeting != ZMTP:
+            raise UserError(
+                f"{host}:{port} is taken by something that is not lmcache_controller: "
+                f"stop it, or choose another port in controller_{name}_url and {start}"
+            )
+    if not _looks_up(*ports["reply"]):
+        raise UserError(
+            f"{ports['reply'][0]}:{reply} speaks zmq, but not as lmcache_controller's reply port: "
+            f"stop it, or choose another port in controller_reply_url and {start}"
+        )
+    return f"{host}:{pull} and {reply}"
+
+
+def check_mp_server(url: str) -> tuple[str, int]:
+    """Ask LMCache's multi-process server at ``tcp://host:port`` for its chunk size; returns "host:port" and the tokens.
+
+    Raises:
+        UserError: bad URL, nobody there, or somebody else.
+    """
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    if not url.startswith("tcp://") or not host or not port.isdecimal():
+        raise UserError(f"remote_url {url!r} is not tcp://HOST:PORT: correct it in the LMCache config")
+    start = "start it with: kvshare services up --backend mp"
+    greeting = _exchange(host, int(port), b"", 1, f"lmcache server at {host}:{port}", start)
+    number, operation = msgspec.msgpack.encode(0), msgspec.msgpack.encode(GET_CHUNK_SIZE)
+    reply = _ask(zmq.DEALER, host, int(port), number, operation) if greeting == ZMTP else []
+    try:
+        chunk_size = msgspec.msgpack.decode(reply[2], type=int)
+    except (IndexError, msgspec.MsgspecError):
+        raise UserError(
+            f"{host}:{port} does not answer as lmcache server does, it hangs or something else has the port: "
+            f"end it, or choose another port in remote_url, and {start}"
+        ) from None
+    return f"{host}:{port}", chunk_size
+
+
+def _looks_up(host: str, port: int) -> bool:
+    """Whether a P2P lookup of nothing is answered as lmcache_controller answers it."""
+    ask = {"type": "BatchedP2PLookupMsg", "hashes": [], "instance_id": "kvshare", "worker_id": 0}
+    return b"BatchedP2PLookupRetMsg" in b"".join(_ask(zmq.REQ, host, port, msgspec.msgpack.encode(ask)))
+
+
+def _ask(kind: int, host: str, port: int, *frames: bytes) -> list[bytes]:
+    """The reply to a zmq message; empty if none comes."""
+    s: zmq.Socket = zmq.Context.instance().socket(kind)
+    with s:
+        s.setsockopt(zmq.LINGER, 0)
+        s.connect(f"tcp://{host}:{port}")
+        s.send_multipart(frames)
+        return s.recv_multipart() if s.poll(int(TIMEOUT * 1000)) else []
+
+
+def _exchange(host: str, port: int, request: bytes, size: int, what: str, start: str) -> bytes:
+    """Send ``request`` and read up to ``size`` bytes; empty if none come."""
+    try:
+        with socket.create_connection((host, port), timeout=TIMEOUT) as s:
+            s.settimeout(TIMEOUT)
+            reply = b""
+            try:
+                s.sendall(request)
+                while len(reply) < size and (more := s.recv(size - len(reply))):
+                    reply += more
+            except OSError:
+                pass  # it closed the connection or says nothing: what came is the answer
+            return reply
+    except OSError as error:
+        raise UserError(f"{what} does not answer ({error.strerror or error}): {start}") from None

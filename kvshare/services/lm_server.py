@@ -1,0 +1,173 @@
+"""``lmcache_server`` with a bound: LMCache's ``lm://`` protocol, at most so many bytes, least recently used out first.
+
+Not a subclass of LMCache's server: its loop stores what a dying client has sent of a PUT and would have to hold an
+entry of any length to get past it, and importing it brings torch, whose 300 MB are more than a small bound. Entries
+are opaque here, so the two messages of lmcache/v1/protocol.py are all there is to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import socketserver
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvshare.core.errors import UserError
+from kvshare.core.lm_protocol import EXIST, FAIL, GET, HEALTH, NO_DATA, PUT, REPLY, REQUEST, SUCCESS
+from kvshare.services.store import Store
+
+PIECE = 1 << 20  # bytes received at a time, before they are counted
+WASTE = memoryview(bytearray(1 << 16))  # what is refused is read into this, by all threads: nobody looks
+
+logger = logging.getLogger(__name__)
+
+
+def serve(host: str, port: int, limit: int, status: Path | None) -> NoReturn:
+    """Serve until SIGINT or SIGTERM, then exit with code 0.
+
+    Raises:
+        UserError: cannot listen there, or cannot write ``status``.
+    """
+    logging.basicConfig(format="kvshare server: %(message)s", level=logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    server = _listen(host, port, Store(limit), status)
+    address, port = server.socket.getsockname()
+    logger.info("listening on %s:%s, keeps at most %.2f GiB", address, port, limit / 2**30)
+    if not ipaddress.ip_address(address).is_loopback:
+        logger.warning("warning: %s can be reached from other hosts, and lm:// asks nobody who they are", address)
+    with contextlib.suppress(SystemExit):
+        server.serve_forever()
+    with contextlib.suppress(OSError):
+        server.write_status()
+    logger.info("ended, %s", ", ".join(f"{name} {count}" for name, count in server.store.status().items()))
+    sys.stderr.flush()
+    os._exit(0)  # an interpreter that ends in order waits for locks that clients' threads may hold
+
+
+def _listen(host: str, port: int, store: Store, status: Path | None) -> Server:
+    try:
+        server = Server((host, port), store, status)
+    except (OSError, UnicodeError) as error:  # UnicodeError: what no host can be called
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}:{port} ({reason}): give another HOST or PORT") from None
+    try:
+        server.write_status()
+    except OSError as error:
+        raise UserError(f"cannot write {status} ({error.strerror}): give --status another file") from None
+    return server
+
+
+def _end(*_: Any) -> NoReturn:
+    raise SystemExit
+
+
+class Server(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True  # a server that was killed can be started again at once
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], store: Store, status: Path | None) -> None:
+        self.store = store
+        self._status_file = status
+        self._written, self._written_at = "", 0.0
+        super().__init__(address, Client)
+        for level, option, value in (  # what is accepted inherits them
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # hosts that vanish are noticed,
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # in minutes
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        ):
+            self.socket.setsockopt(level, option, value)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # too many open files: serve_forever passes over it and would spin
+            time.sleep(0.1)
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.info("closed the connection of %s:%s: %s", *client_address, sys.exc_info()[1])
+
+    def service_actions(self) -> None:
+        """Called by serve_forever, twice a second or more."""
+        if time.monotonic() >= self._written_at + 1:
+            with contextlib.suppress(OSError):  # a full disk is no reason to end
+                self.write_status()
+
+    def write_status(self) -> None:
+        self._written_at = time.monotonic()
+        if self._status_file and (status := json.dumps(self.store.status())) != self._written:
+            partial = self._status_file.with_name(f"{self._status_file.name}.partial")
+            partial.write_text(f"{status}\n")
+            partial.replace(self._status_file)
+            self._written = status
+
+
+class Client(socketserver.BaseRequestHandler):
+    """One connection, in a thread of its own. What goes wrong ends it, with a line from Server.handle_error."""
+
+    server: Server
+    request: socket.socket
+
+    def handle(self) -> None:
+        store = self.server.store
+        while header := self._header():
+            command, length, kind, dtype, _, *shape, key = REQUEST.unpack(header)
+            if command == PUT and length > 0:
+                self._put(key, length, (length, kind, dtype, *shape, 0))
+            elif command == GET:
+                self._get(key)
+            elif command == EXIST:
+                self.request.sendall(REPLY.pack(SUCCESS if store.get(key) else FAIL, *NO_DATA))
+            elif command == HEALTH:
+                self.request.sendall(REPLY.pack(SUCCESS, *NO_DATA))
+            else:
+                raise ValueError("it does not speak LMCache's protocol")
+
+    def _header(self) -> bytes:
+        """Of the next request; empty when the client has closed the connection."""
+        header = self.request.recv(REQUEST.size)
+        while 0 < len(header) < REQUEST.size:
+            header += self._received(self.request.recv(REQUEST.size - len(header)))
+        return header
+
+    def _get(self, key: bytes) -> None:
+        if entry := self.server.store.get(key):
+            self.request.sendall(REPLY.pack(SUCCESS, *entry.meta))
+            self.request.sendall(entry.data)
+        else:
+            self.request.sendall(REPLY.pack(FAIL, *NO_DATA))
+
+    def _put(self, key: bytes, length: int, meta: tuple[int, ...]) -> None:
+        """Nothing is stored before all of it has come.
+
+        A PUT has no reply that could refuse it: what does not fit is read too, and dropped.
+        """
+        store = self.server.store
+        entry = store.begin(length, meta)
+        left = length
+        while left:
+            into = memoryview(entry.data)[length - left :][:PIECE] if entry else WASTE[:left]
+            count = self._received(self.request.recv_into(into))
+            left -= count
+            if entry and not store.grow(entry, count):
+                entry = None
+        if entry:
+            store.put(key, entry)
+        else:
+            store.refuse()
+
+    @staticmethod
+    def _received(some: Any) -> Any:
+        if not some:
+            raise EOFError("it ended in the middle of a request, which is dropped")
+        return some

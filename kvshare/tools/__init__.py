@@ -1,0 +1,1 @@
+"""What is used beside training: data and model for a try, the demo, verify, bench."""

@@ -1,0 +1,1 @@
+"""`kvshare bench`: what a hit saves on live engines."""

@@ -1,0 +1,130 @@
+"""vLLM servers as `kvshare bench` sees them: asked over HTTP, and what they count."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import aiohttp
+
+from kvshare.core import policy
+from kvshare.core.errors import UserError
+from kvshare.record import worker_events
+from kvshare.tools import vllm_http
+
+Prompt = list[int]
+POLICY = policy.policy_id(policy.new_run(), 0)  # of all requests: the weights do not change
+
+# Of vLLM, tokens of prompts, once for each request; its prefix_cache_hits count again each time a request has to wait.
+COUNTERS = {
+    "prompt": "vllm:prompt_tokens_total",
+    "local": "vllm:prompt_tokens_by_source_total:local_cache_hit",
+    "shared": "vllm:prompt_tokens_by_source_total:external_kv_transfer",
+}
+
+
+@dataclass
+class Answer:
+    first: float  # seconds to the first token
+    end: float  # and to the last
+    logprob: float  # of the first token
+
+
+@dataclass
+class Sample:
+    """Some requests, sent at the same time."""
+
+    first: float  # seconds to the last request's first token
+    end: float
+    prompt: int  # tokens of prompts
+    local: int  # of them from vLLM's own prefix cache
+    shared: int  # of them from the connector
+    logprobs: list[float]
+
+    def numbers(self) -> dict[str, float]:
+        computed = self.prompt - self.local - self.shared
+        return {name: value for name, value in vars(self).items() if name != "logprobs"} | {"computed": computed}
+
+
+class Endpoint:
+    """A vLLM server."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+        self._model = ""
+
+    async def connect(self) -> dict[str, Any]:
+        """Its model, as ``/v1/models`` describes it.
+
+        Raises:
+            UserError: it is not there, or does not count.
+        """
+        try:
+            async with self._session.get(f"{self.url}/v1/models") as response:
+                model = (await response.json())["data"][0]
+            await self.counted()
+        except (aiohttp.ClientError, OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.url} is no vLLM server with statistics ({type(error).__name__}): start it"
+            ) from None
+        self._model = model["id"]
+        return model
+
+    async def ask(
+        self, prompt: Prompt, tokens: int, request: str = "", heard: Callable[[], None] = lambda: None
+    ) -> Answer:
+        """Args: ``request``: id for the plugin's events; ``heard``: called at the first token."""
+        params = {policy.TAG: POLICY, worker_events.REQUEST: request}
+        body = {"model": self._model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body |= {"logprobs": 1, "stream": True, "cache_salt": POLICY, "kv_transfer_params": params}
+        began, first, logprob = time.perf_counter(), 0.0, 0.0
+        async with self._session.post(f"{self.url}/v1/completions", json=body) as response:
+            if response.status != 200:
+                raise UserError(f"{self.url} refuses a prompt of {len(prompt)} tokens: {await response.text()}")
+            async for line in response.content:
+                if not first and line.startswith(b"data: {"):
+                    first = time.perf_counter() - began
+                    heard()
+                    logprob = json.loads(line[6:])["choices"][0]["logprobs"]["token_logprobs"][0]
+        return Answer(first, time.perf_counter() - began, logprob)
+
+    async def ask_all(self, prompts: Sequence[Prompt], tokens: int) -> list[Answer]:
+        return await asyncio.gather(*(self.ask(prompt, tokens) for prompt in prompts))
+
+    async def counted(self) -> dict[str, int]:
+        """Tokens so far, by ``COUNTERS``."""
+        async with self._session.get(f"{self.url}/metrics") as response:
+            found = vllm_http.metrics(await response.text())
+        if COUNTERS["prompt"] not in found:
+            raise ValueError("no metrics")
+        return {name: round(found.get(metric, 0)) for name, metric in COUNTERS.items()}
+
+
+@asynccontextmanager
+async def endpoints(urls: Sequence[str]) -> AsyncIterator[list[Endpoint]]:
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield [Endpoint(session, url) for url in urls]
+
+
+async def sample(asked: Sequence[Endpoint], answers: Awaitable[list[Answer]]) -> Sample:
+    """What ``answers`` took, and what these endpoints counted meanwhile."""
+    before = [await endpoint.counted() for endpoint in asked]
+    got = await answers
+    after = [await endpoint.counted() for endpoint in asked]
+    counted = {name: sum(a[name] - b[name] for a, b in zip(after, before, strict=True)) for name in COUNTERS}
+    logprobs = [answer.logprob for answer in got]
+    return Sample(max(a.first for a in got), max(a.end for a in got), **counted, logprobs=logprobs)
+
+
+def unseen(count: int, tokens: int) -> list[Prompt]:
+    rng = random.Random(uuid4().int)
+    return [rng.choices(vllm_http.IDS, k=tokens + 1) for _ in range(count)]

@@ -1,0 +1,129 @@
+"""Starts what a bench config lists: a backend's service, two engines that share through it, one with no connector."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import yaml
+
+from kvshare.core import p2p_identity, ports
+from kvshare.core.errors import UserError
+from kvshare.record import worker_events
+from kvshare.services import health
+from kvshare.services.backends import BACKENDS, place
+from kvshare.services.processes import Processes
+
+KEYS = {"backend": str, "arguments": list, "engine": str, "connector": dict, "environment": dict}
+
+
+@dataclass
+class Engines:
+    urls: list[str]  # two that share
+    plain: str | None  # one with no connector
+    events: list[worker_events.Receiver] | None  # of the two, where they send any
+    chunk_size: int  # tokens
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A bench config.
+
+    Raises:
+        UserError: it is missing, or not like config/bench/remote_cpu.yaml.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"bench config {path}: {str(error).splitlines()[0]}: start from config/bench/remote_cpu.yaml"
+        ) from None
+    if not isinstance(config, dict) or config.keys() != KEYS.keys():
+        raise UserError(
+            f"bench config {path} must have the keys {', '.join(KEYS)}: start from config/bench/remote_cpu.yaml"
+        )
+    for key, kind in KEYS.items():
+        if not isinstance(config[key], kind):
+            raise UserError(
+                f"bench config {path}: {key} must be a {kind.__name__}: start from config/bench/remote_cpu.yaml"
+            )
+    if config["backend"] not in BACKENDS:
+        raise UserError(f"bench config {path}: backend must be one of {', '.join(BACKENDS)}")
+    return config
+
+
+@contextmanager
+def started(config: dict[str, Any], logs: Path) -> Iterator[Engines]:
+    """Everything the config lists, up; it ends with the context.
+
+    Raises:
+        services.NotStarted: something ended instead.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    backend, receivers = BACKENDS[config["backend"]], [worker_events.Receiver(), worker_events.Receiver()]
+    environment = {"PYTHONHASHSEED": "0", **{name: str(value) for name, value in config["environment"].items()}}
+    with Processes(("KVSHARE_BENCH", uuid4().hex)) as processes:
+        command, exports = place(backend, "127.0.0.1", logs)
+        log = logs / f"{config['backend']}.log"
+        service = processes.start([*command, *map(str, config["arguments"])], log, environment)
+        health.wait_healthy(backend.service, service, lambda: backend.check(exports), log)
+        environment |= exports
+        settings = _lmcache(environment)
+        connector = ["--kv-transfer-config", json.dumps(config["connector"])]
+        running = []
+        for rank, receiver in enumerate([*receivers, None]):
+            own, more = dict(environment), []
+            if receiver:
+                own[worker_events.ADDRESS], more = receiver.address, connector
+                own |= (
+                    p2p_identity.identity(settings, rank, 1, "127.0.0.1", ports.free_port)
+                    if settings["enable_p2p"]
+                    else {}
+                )
+            name = f"engine-{rank}" if receiver else "plain"
+            url = f"http://127.0.0.1:{(port := ports.free_port())}"
+            command = [*_ours(config["engine"]), "--host", "127.0.0.1", "--port", str(port), *more]
+            running.append((name, processes.start(command, logs / f"{name}.log", own), url))
+        for name, child, url in running:
+            health.wait_healthy(name, child, partial(_check, url), logs / f"{name}.log", ENGINE_SECONDS)
+        *urls, plain = [url for _, _, url in running]
+        yield Engines(urls, plain, receivers, settings["chunk_size"])
+
+
+ENGINE_SECONDS = 600  # to load a model, compile it and capture graphs
+
+
+def _ours(command: str) -> list[str]:
+    """The words of a command, with this Python where it says python3."""
+    first, *rest = shlex.split(command)
+    return [sys.executable if first == "python3" else first, *rest]
+
+
+def _lmcache(environment: Mapping[str, str]) -> dict[str, Any]:
+    """LMCache's settings as the engines see them; in a process that has nothing else in its environment."""
+    code = "import json, os; from kvshare import lmcache_config as c; "
+    code += "print(json.dumps(c.effective(os.environ.get('LMCACHE_CONFIG_FILE')).to_dict(), default=str))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | dict(environment), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"LMCache's settings: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _check(url: str) -> str:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return url
+    except OSError as error:
+        raise UserError(f"{url}: {error}") from None

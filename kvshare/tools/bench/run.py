@@ -1,0 +1,133 @@
+"""`kvshare bench`: the time to the first token when nobody has a prompt's KV, another engine has it, the engine itself.
+
+All cases are measured in turns in one run, on prompts nobody has seen. How many tokens were shared is
+what the engines say, and how far their answers are from those of the engine without a connector.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from kvshare.core.errors import UserError
+from kvshare.launch.preflight.memory import kv_bytes
+from kvshare.tools.bench import copy_limit, engines
+from kvshare.tools.bench.endpoint import Endpoint, Sample, endpoints, sample, unseen
+from kvshare.tools.bench.engines import Engines
+
+PACKAGES = ("vllm", "lmcache", "torch", "verl")
+CHUNK_SIZE = 256  # tokens, LMCache's default: of servers that somebody else started
+
+Shape = tuple[int, int]
+"""Tokens of a prompt, and different prompts at once. One more token is asked: whole chunks can then be found."""
+
+
+@dataclass
+class Asked:
+    shapes: list[Shape]
+    n: int  # samples of a prompt in GRPO's pattern; 0: leave it out
+    answer: int  # tokens
+    repeat: int
+    settle: float  # seconds a prompt has to be stored, and one more a GB
+
+
+def of_config(path: Path, asked: Asked, logs: Path) -> dict[str, Any]:
+    """Start what a bench config lists, measure, and end it.
+
+    Raises:
+        UserError: the config is not one.
+        services.NotStarted: something did not start.
+    """
+    config = engines.read(path)
+    copy = copy_limit.measure()
+    with engines.started(config, logs) as started:
+        return asyncio.run(_run(started, asked, copy, wide="float32" in config["engine"]))
+
+
+def of_urls(urls: list[str], plain: str | None, asked: Asked) -> dict[str, Any]:
+    """Measure two servers that share, and one with no connector, if there is one.
+
+    Raises:
+        UserError: one of them does not answer.
+    """
+    return asyncio.run(_run(Engines(urls, plain, None, CHUNK_SIZE), asked, copy_limit.measure(), wide=False))
+
+
+async def _run(engines: Engines, asked: Asked, copy: tuple[str, float], wide: bool) -> dict[str, Any]:
+    """Args: ``wide``: KV has 32 bits, not 16."""
+    async with _lost_is_an_error(), endpoints([*engines.urls, *filter(None, [engines.plain])]) as found:
+        models = [await endpoint.connect() for endpoint in found]
+        a_token = _kv_bytes(models[0].get("root") or "", wide)
+        cases = await _cases(found, asked, lambda tokens: asked.settle + tokens * (a_token or 0) / 1e9)
+        patterns = []
+        if asked.n:
+            from kvshare.tools.bench import grpo  # verl's router need not be there where only vLLM is
+
+            patterns = await grpo.patterns(found[:2], engines, asked)
+    return {
+        "machine": copy_limit.machine(),
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+        "command": ["kvshare", *sys.argv[1:]],
+        "copy": copy,
+        "kv_bytes_a_token": a_token,
+        "cases": cases,
+        "patterns": patterns,
+    }
+
+
+@asynccontextmanager
+async def _lost_is_an_error() -> AsyncIterator[None]:
+    try:
+        yield
+    except aiohttp.ClientError as error:
+        raise UserError(f"a server stopped answering ({error}): see its log") from None
+
+
+async def _cases(found: list[Endpoint], asked: Asked, settle: Callable[[int], float]) -> list[dict[str, Any]]:
+    """Rows of one case and shape each, with all their samples; the two that share change parts after each turn."""
+    one, other, *plain = found
+    for endpoint in found:
+        for tokens, at_once in asked.shapes:  # kernels compile and graphs load with the first of their size
+            await endpoint.ask_all(unseen(at_once, tokens), asked.answer)
+    rows: dict[tuple[str, Shape], dict[str, Any]] = {}
+    for shape in asked.shapes * asked.repeat:
+        samples = await _turn(shape, plain, one, other, asked.answer, settle(shape[0] * shape[1]))
+        reference = samples.get("none", samples["miss"])
+        for case, got in samples.items():
+            row = {"case": case, "tokens": shape[0], "at_once": shape[1], "answer": asked.answer, "samples": []}
+            off = max(abs(a - b) for a, b in zip(got.logprobs, reference.logprobs, strict=True))
+            rows.setdefault((case, shape), row)["samples"].append(got.numbers() | {"logprob_difference": off})
+        one, other = other, one
+    return list(rows.values())
+
+
+async def _turn(
+    shape: Shape, plain: list[Endpoint], one: Endpoint, other: Endpoint, answer: int, settle: float
+) -> dict[str, Sample]:
+    """Each case once, on the same prompts: no connector, a miss, hits of what it stored."""
+    tokens, at_once = shape
+    prompts = unseen(at_once, tokens)
+    samples = {"none": await sample(plain, plain[0].ask_all(prompts, answer))} if plain else {}
+    samples["miss"] = await sample([one], one.ask_all(prompts, answer))
+    await asyncio.sleep(settle)  # storing goes on after the answer
+    samples["shared"] = await sample([other], other.ask_all(prompts, answer))
+    samples["local"] = await sample([one], one.ask_all(prompts, answer))
+    return samples
+
+
+def _kv_bytes(model: str, wide: bool) -> int | None:
+    """Bytes of KV of a token; None if the model's config is not on this machine."""
+    try:
+        return kv_bytes(json.loads((Path(model) / "config.json").read_text())) * (2 if wide else 1)
+    except (OSError, ValueError, KeyError):
+        return None

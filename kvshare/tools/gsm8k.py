@@ -1,0 +1,114 @@
+"""GSM8K as the parquet files verl trains on, with worked examples before each question if asked."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+from kvshare.core.errors import UserError
+from kvshare.tools.problems import Problem, problems
+
+INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+SPLITS = ("train", "test")
+
+
+def read_folder(folder: Path) -> dict[str, list[Problem]]:
+    """train.jsonl and test.jsonl of a folder: one object a line with "question" and "answer"."""
+    return {split: _read_jsonl(folder / f"{split}.jsonl") for split in SPLITS}
+
+
+def read_hub() -> dict[str, list[Problem]]:
+    """openai/gsm8k from the Hugging Face hub.
+
+    Raises:
+        OSError: the hub cannot be reached.
+    """
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset("openai/gsm8k", "main")
+    except Exception as error:  # whatever its HTTP stack raises when there is no way there
+        raise OSError(f"openai/gsm8k cannot be read from the hub: {error}") from error
+    return {split: [dict(row) for row in data[split]] for split in SPLITS}
+
+
+def generate(train: int, test: int, seed: int) -> dict[str, list[Problem]]:
+    """Our own word problems in GSM8K's format."""
+    return {
+        "train": list(itertools.islice(problems(seed), train)),
+        "test": list(itertools.islice(problems(seed + 1), test)),
+    }
+
+
+def to_verl(rows: list[Problem], pool: list[Problem], split: str, shots: int) -> list[dict]:
+    """Rows in the form verl's GSM8K recipe uses.
+
+    Args:
+        rows: problems to ask.
+        pool: problems to take worked examples from; another ``shots`` of them for each question,
+            the same every time.
+        split: "train" or "test", for ``extra_info``.
+        shots: worked examples before each question.
+    """
+    out = []
+    for index, row in enumerate(rows):
+        r = random.Random(f"{split}-{index}")
+        examples = r.sample([p for p in pool if p["question"] != row["question"]], shots) if shots else []
+        out.append(
+            {
+                "data_source": "openai/gsm8k",
+                "prompt": [{"role": "user", "content": prompt(row, examples)}],
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": final_answer(row)},
+                "extra_info": {"split": split, "index": index, "question": row["question"], "answer": row["answer"]},
+            }
+        )
+    return out
+
+
+def prompt(row: Problem, examples: list[Problem]) -> str:
+    """The question, after worked examples."""
+    question = f"{row['question']} {INSTRUCTION}"
+    texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in examples]
+    return "\n\n".join([*texts, f"Question: {question}"]) if examples else question
+
+
+def final_answer(row: Problem) -> str:
+    """The number after "####", without thousands separators."""
+    match = re.search(r"#### (-?[0-9.,]+)", row["answer"])
+    if not match:
+        raise UserError(f'no "#### <number>" in the answer to: {row["question"][:60]}…')
+    return match.group(1).replace(",", "")
+
+
+def write(data: dict[str, list[Problem]], folder: Path, shots: int, limit: int | None) -> None:
+    """Write train.parquet and test.parquet to ``folder``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if shots >= len(data["train"]):
+        raise UserError(f"--shots {shots} needs more than {shots} training problems, there are {len(data['train'])}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        pool = data["train"][: max(1000, shots + 1)]
+        pq.write_table(
+            pa.Table.from_pylist(to_verl(data[split][:limit], pool, split, shots)), folder / f"{split}.parquet"
+        )
+
+
+def _read_jsonl(path: Path) -> list[Problem]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: --source takes a folder with train.jsonl and test.jsonl")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({"question": row["question"], "answer": row["answer"]})
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}, line {number}: not a JSON object with "question" and "answer"') from None
+    if not rows:
+        raise UserError(f"{path} is empty")
+    return rows

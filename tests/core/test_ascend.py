@@ -1,0 +1,119 @@
+"""Preflight for Ascend, on machines that lack one thing or another; none has an NPU."""
+
+import platform
+from types import SimpleNamespace
+
+import pytest
+
+from kvshare.core import ascend, lmcache_settings, versions
+from kvshare.core.errors import UserError
+from kvshare.launch import preflight
+from kvshare.launch.preflight import lmcache, recipe
+from kvshare.services.backends import p2p
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """One that has all of it, as far as files go."""
+    library = tmp_path / "cann" / f"{platform.machine()}-linux" / "lib64" / "libascendcl.so"
+    for file in (library, tmp_path / "dev" / "davinci0", tmp_path / "bin" / "npu-smi"):
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    monkeypatch.setattr(ascend, "DEV", tmp_path / "dev")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "cann"))
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
+    monkeypatch.library = library
+    return monkeypatch
+
+
+def test_nothing_is_missing(machine, tmp_path):
+    assert list(ascend.missing()) == []
+    machine.delenv("ASCEND_HOME_PATH")
+    machine.setenv("ASCEND_TOOLKIT_HOME", str(tmp_path / "cann"))
+    assert list(ascend.missing()) == []
+
+
+def test_cann_is_not_set_up(machine):
+    machine.delenv("ASCEND_HOME_PATH")
+    (line,) = ascend.missing()
+    assert line.startswith("CANN is not set up, neither ASCEND_HOME_PATH nor ASCEND_TOOLKIT_HOME is set")
+
+
+def test_cann_has_no_library(machine, tmp_path):
+    machine.library.unlink()
+    (line,) = ascend.missing()
+    assert line.startswith(f"CANN at {tmp_path}/cann has no lib64/libascendcl.so")
+
+
+def test_no_driver(machine, tmp_path):
+    (tmp_path / "dev" / "davinci0").rename(tmp_path / "dev" / "davinci_manager")  # a container without devices
+    (line,) = ascend.missing()
+    assert line.startswith(f"no NPU, {tmp_path}/dev/davinci* does not exist: install the Ascend driver")
+
+
+def test_no_npu_smi(machine, tmp_path):
+    (tmp_path / "bin" / "npu-smi").unlink()
+    (line,) = ascend.missing()
+    assert line.startswith("npu-smi is not on PATH")
+
+
+@pytest.mark.parametrize("package", ["torch-npu", "vllm-ascend", "lmcache-ascend"])
+def test_package_is_missing(machine, package):
+    lines = preflight.errors(preflight.run(preflight.Job("remote", "npu", [])))
+    (line,) = [line for line in lines if f"package {package} is missing" in line]
+    assert line.endswith("(requirements/npu.txt)")
+    assert ("its tag v0.4.4 from source, it is not on PyPI" in line) == (package == "lmcache-ascend")
+
+
+def test_this_machine_lacks_all_of_it(monkeypatch, tmp_path):
+    """One line for each thing, and nothing else is looked at."""
+    monkeypatch.setattr(ascend, "DEV", tmp_path)
+    monkeypatch.setattr(versions, "FITS", {"npu": [{"no-torch-npu": "==1", "lmcache-ascend": "==0.4.4"}]})
+    for name, value in (("PATH", ""), ("ASCEND_HOME_PATH", ""), ("ASCEND_TOOLKIT_HOME", "")):
+        monkeypatch.setenv(name, value)
+    starts = ["package no-torch-npu is missing", "package lmcache-ascend is missing", "CANN", "no NPU", "npu-smi"]
+    lines = preflight.errors(preflight.run(preflight.Job("remote", "npu", [])))
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) and "\n" not in line for line, start in zip(lines, starts, strict=True))
+
+
+def test_lmcache_ascend_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / "lmcache_ascend.py").write_text("raise OSError('libhccl.so:\\n cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"lmcache_ascend does not load \(OSError: libhccl.so: cannot open") as error:
+        ascend.load_lmcache()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["LMCacheConnectorV1", "LMCacheAscendConnector", ascend.CONNECTOR])
+def test_connector(name):
+    job = preflight.Job("remote", "npu", [])
+    transfer = {"kv_connector": name, "kv_load_failure_policy": "recompute"}
+    vllm = {"vllm": {"kv_transfer_config": transfer}}
+    rollout = SimpleNamespace(engine_kwargs=SimpleNamespace(**vllm))
+    job.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
+    wrong = f"kv_connector {name} does not work on Ascend: use {ascend.CONNECTOR} (docs/npu.md)"
+    assert list(recipe.connector(job)) == ([] if name == ascend.CONNECTOR else [wrong])
+
+
+def test_channel_of_lmcache():
+    job = preflight.Job("p2p", "npu", [])
+    job.lmcache = SimpleNamespace(transfer_channel="nixl", enable_p2p=True, enable_controller=True)
+    found = list(p2p.BACKEND.settings(job, "f.yaml"))
+    assert found[-1] == "transfer_channel nixl is not one LMCache-Ascend knows: set it to hccl or hixl"
+    job.lmcache.transfer_channel = "hccl"
+    assert list(p2p.BACKEND.settings(job, "f.yaml")) == []
+
+
+def test_stores_behind_vllms_back(monkeypatch, tmp_path):
+    path = tmp_path / "f.yaml"
+    path.write_text("remote_url: lm://localhost:1")
+    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(path))
+    monkeypatch.setattr(ascend, "load_lmcache", lambda: None)
+    settings = {"chunk_size": 256, "use_layerwise": False, "enable_blending": False, "remote_url": "redis://one:1"}
+    monkeypatch.setattr(lmcache_settings, "effective", lambda path: SimpleNamespace(**settings, store_async=True))
+    job = preflight.Job("remote", "npu", [])
+    job.config = SimpleNamespace(trainer=SimpleNamespace(nnodes=1))
+    (line,) = lmcache.settings(job)
+    assert line == f"{path}: store_async: true may store KV that vLLM has overwritten: set it to false"

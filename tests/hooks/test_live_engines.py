@@ -1,0 +1,116 @@
+"""Real vLLM processes sharing through a real server: kvshare's, or LMCache's multi-process one (--backend mp)."""
+
+import random
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import CHUNK
+from plain_keys import plugin_path
+
+from kvshare.record import report
+
+WHOLE = 4 * CHUNK
+
+
+@pytest.fixture
+def prompt(request):
+    rng = random.Random(request.node.name)
+    return [rng.randrange(300, 1500) for _ in range(WHOLE + 50)]
+
+
+def same(one, other):
+    assert one.tokens == other.tokens
+    assert max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True)) < 1e-5
+
+
+def test_second_engine_reads_what_the_first_computed(engines, prompt):
+    first, second = engines
+    starts = len(first.events), len(second.events)
+    cold = first.ask(prompt, "run-1")
+    warm = second.ask(prompt, "run-1")
+    same(cold, warm)
+    assert second.hits(starts[1]) == WHOLE
+    events = first.events[starts[0] :] + second.events[starts[1] :]
+    result = report.summarize(events, [], {"replicas": 2})
+    assert result["replica"][1]["shared_hit"] == WHOLE
+    assert result["prefill_amplification"] == 1.0
+    assert result["tokens"]["stale_hit"] == 0
+
+
+def test_what_the_engine_has_itself_is_not_moved(engines, backend, prompt):
+    """Samples that come together store their prompt once, and later ones load nothing."""
+    if backend.connector == "LMCacheMPConnector":
+        pytest.skip("here the server sees to it")
+    first, _ = engines
+    with ThreadPoolExecutor(5) as pool:
+        busy = pool.submit(first.ask, [random.randrange(300, 1500) for _ in range(7 * CHUNK)], "run-1", 1)
+        time.sleep(0.2)  # what is asked now is scheduled together
+        start = len(first.events)
+        answers = list(pool.map(lambda _: first.ask(prompt, "run-1"), range(4)))
+        busy.result()
+    answers.append(first.ask([*prompt[: WHOLE + 10], *range(300, 340)], "run-1"))
+    for answer in answers[1:4]:
+        same(answers[0], answer)
+    stored = [event for event in first.events[start:] if event["op"] == "store" and len(event["keys"]) == 4]
+    assert len(stored) == 1
+    assert first.hits(start) == 0
+    assert sorted(answer.cached >= WHOLE for answer in answers) == [False, True, True, True, True]
+
+
+def test_time_to_compute_and_to_load(engines, backend):
+    """The numbers of docs/backends.md: pytest -s."""
+    seconds = {"computed": [], "loaded from the other engine": []}
+    whole = 13 * CHUNK
+    for _ in range(5):
+        prompt = [random.randrange(300, 1500) for _ in range(whole + 1)]
+        start = len(engines[1].events)
+        for engine, case in zip(engines, seconds, strict=True):
+            seconds[case].append(engine.ask(prompt, "run-1", tokens=1).seconds)
+        assert engines[1].hits(start) == whole
+    print(f"\n{backend.connector}, {whole} tokens:", {k: round(statistics.median(v), 3) for k, v in seconds.items()})
+
+
+def test_another_policy_finds_nothing(engines, prompt):
+    first, second = engines
+    cold = first.ask(prompt, "run-1")
+    start = len(second.events)
+    same(cold, second.ask(prompt, "run-2"))
+    assert second.hits(start) == 0
+    same(cold, first.ask(prompt, "run-2"))
+
+
+def test_unstamped_requests_never_cross_a_reset(engines, prompt):
+    first = engines[0]
+    cold = first.ask(prompt)
+    start = len(first.events)
+    first.reset(connector=False)
+    same(cold, first.ask(prompt))
+    assert first.hits(start) == WHOLE
+    start = len(first.events)
+    assert first.reset()
+    same(cold, first.ask(prompt))
+    assert first.hits(start) == 0
+    start = len(first.events)
+    first.reset(connector=False)
+    same(cold, first.ask(prompt))  # shares with itself again
+    assert first.hits(start) == WHOLE
+
+
+def test_staleness_is_measured(engines, start_engine, prompt, tmp_path):
+    """0 with the policy in the keys; not 0 when it is taken out of them: the count can see it."""
+    plain = start_engine(0, "plain", PYTHONPATH=plugin_path(tmp_path)).wait()
+    assert _stale(engines[0], prompt) == 0
+    assert _stale(plain, prompt) == WHOLE
+    plain.kill()
+
+
+def _stale(engine, prompt):
+    start = len(engine.events)
+    engine.ask(prompt, "run-1")
+    engine.ask(prompt, "run-2")
+    result = report.summarize(engine.events[start:], [], {"replicas": 1})
+    stale = result["tokens"]["stale_hit"]
+    assert ("STALE" in report.verdict({**result, "tokens": {**result["tokens"], "prompt": 1}})) == bool(stale)
+    return stale

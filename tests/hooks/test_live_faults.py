@@ -1,0 +1,73 @@
+"""Never in the way: each fault while fp32 requests run; answers stay those of the weights, sharing resumes."""
+
+import random
+import time
+
+import pytest
+from backend import BACKENDS
+from conftest import CHUNK
+
+from kvshare.core import policy
+
+HITS = 4 * CHUNK
+SERVER = {"killed": ("kill", "start"), "stopped": ("stop", "resume"), "restarted": ("restart", "check")}
+
+
+def pytest_generate_tests(metafunc):
+    if "fault" in metafunc.fixturenames:
+        of_proxy = BACKENDS[metafunc.config.getoption("backend")].faults
+        metafunc.parametrize("fault", [*of_proxy, *SERVER], indirect=True)
+
+
+def prompt():
+    return [random.randrange(300, 1500) for _ in range(HITS + 50)]
+
+
+@pytest.fixture
+def fault(request, backend):
+    """Starts the fault; ends it, whatever the test did."""
+    name = request.param
+    if name in SERVER:
+        begin, end = (getattr(backend, method) for method in SERVER[name])
+    else:
+        begin, end = (lambda: setattr(backend, "does", name)), (lambda: setattr(backend, "does", "serve"))
+    ended = []
+    yield name, begin, lambda: ended.append(end())
+    if not ended:
+        end()
+
+
+def shares(engines):
+    """Whether the second engine reads what the first one computes now."""
+    stamp, text, start = policy.private_policy(), prompt(), len(engines[1].events)
+    engines[0].ask(text, stamp)
+    engines[1].ask(text, stamp)
+    return engines[1].hits(start) == HITS
+
+
+def test_fault(engines, weights, fault):
+    name, begin, end = fault
+    first, second = engines
+    engines[1].wait_until(lambda: shares(engines))
+    stamp, known, new = policy.private_policy(), [prompt() for _ in range(3)], [prompt() for _ in range(3)]
+    usual = max(_seconds(first, text, stamp, weights) for text in known)
+    start = len(second.events)
+    begin()
+    # What the other one stored, and what nobody knows.
+    worst = max(_seconds(second, text, stamp, weights) for text in known + new)
+    loaded = second.hits(start)
+    end()
+    healed = time.monotonic()
+    second.wait_until(lambda: shares(engines))
+    resumed = time.monotonic() - healed
+    print(f"\n{name}: slowest {worst - usual:+.2f} s, {loaded} tokens loaded, shares {resumed:.1f} s later")
+    assert loaded == (3 * HITS if name == "slow" else 0)
+    assert "500 Internal Server Error" not in second.log.read_text()
+
+
+def _seconds(engine, text, stamp, weights):
+    began = time.monotonic()
+    answer = engine.ask(text, stamp, tokens=4)
+    seconds = time.monotonic() - began
+    weights.check(0, text, answer)
+    return seconds

@@ -1,0 +1,156 @@
+"""Never stale, attacked: live engines whose weights change, against an oracle that knows no cache."""
+
+import random
+import threading
+import time
+
+import pytest
+from conftest import CHUNK
+
+from kvshare.core import policy
+from kvshare.record import report
+
+PROMPT = 4 * CHUNK + 50
+HITS = 4 * CHUNK
+BYTES = 4 * 2 * 128 * 4  # of KV a token: layers, K and V, hidden size, fp32
+
+
+class Replica:
+    """An engine that is stamped and updated as ``KVShareServer`` does it."""
+
+    def __init__(self, engine, weights):
+        self.engine, self.weights = engine, weights
+        self.version, self.policy = 0, None
+
+    def ask(self, prompt, tokens=4):
+        now = time.time()
+        return self.engine.ask(prompt, self.policy or policy.private_policy(), tokens, now)
+
+    def check(self, prompt):
+        answer = self.ask(prompt)
+        self.weights.check(self.version, prompt, answer)
+        return answer.cached
+
+    def update(self, version, run, fails=False):
+        self.policy = None
+        assert self.engine.reset()
+        self.engine.load(self.weights.make(version))
+        self.version = version
+        if not fails:
+            assert self.engine.reset()
+            self.policy = policy.policy_id(run, version)
+
+
+@pytest.fixture(scope="module")
+def replicas(engines, weights):
+    return [Replica(engine, weights) for engine in engines]
+
+
+@pytest.fixture
+def prompts(request):
+    rng = random.Random(request.node.name)
+    return [[rng.randrange(300, 1500) for _ in range(PROMPT)] for _ in range(6)]
+
+
+def test_only_one_of_two_is_updated(replicas, prompts):
+    one, other = replicas
+    run, prompt = policy.new_run(), prompts[0]
+    for replica in replicas:
+        replica.update(1, run)
+    assert one.check(prompt) == 0
+    assert other.check(prompt) == HITS  # the same policy: shared
+    one.update(2, run)
+    assert one.check(prompt) == 0
+    assert one.check(prompt) == HITS
+    assert other.check(prompt) >= HITS  # still with its like
+    other.update(2, run)
+    assert other.check(prompt) == HITS
+
+
+def test_update_that_fails_half_way(replicas, prompts):
+    one, other = replicas
+    run, prompt = policy.new_run(), prompts[0]
+    other.update(3, run)
+    one.update(3, run)
+    assert other.check(prompt) == 0
+    one.update(4, run, fails=True)
+    assert one.check(prompt) == 0  # shares with nobody, not with itself either
+    assert one.check(prompt) == 0
+    one.update(3, run)
+    assert one.check(prompt) == HITS
+
+
+def test_request_under_way_across_a_reset(replicas, prompts):
+    """vLLM itself would refuse the reset, and go on serving what it has."""
+    engine = replicas[0].engine
+    known, running = prompts[:2]
+    engine.ask(known)
+    assert engine.ask(known).cached >= HITS
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(engine.ask(running, tokens=500)))
+    thread.start()
+    while not engine.metric("vllm:num_requests_running"):
+        assert thread.is_alive()
+    assert engine.reset()
+    assert thread.is_alive()
+    assert engine.ask(known).cached == 0
+    assert engine.ask(known).cached >= HITS
+    thread.join()
+    assert len(answers[0].tokens) == 500
+    assert engine.ask(running).cached == 0
+    assert engine.ask(running).cached >= HITS
+
+
+def test_local_tier_is_given_back(replicas, prompts, backend):
+    if not backend.local_tier:
+        pytest.skip(f"{backend.connector} keeps nothing in the engine")
+    engine = replicas[0].engine
+    for prompt in prompts:
+        engine.ask(prompt)
+    engine.wait_until(lambda: engine.local_tier() >= len(prompts) * HITS * BYTES)
+    assert engine.reset()
+    engine.ask(prompts[0])
+    engine.wait_until(lambda: engine.local_tier() == HITS * BYTES)
+
+
+def test_fifty_updates(replicas, prompts, record_property):
+    """Two engines, updated and asked in random order, with requests under way across the updates."""
+    rng = random.Random(0)
+    run, started = policy.new_run(), [len(r.engine.events) for r in replicas]
+    hits = asked = updates = 0
+    while updates < 50:
+        replica = rng.choice(replicas)
+        if rng.random() < 0.3:
+            updates += 1
+            across = threading.Thread(target=replica.ask, args=(rng.choice(prompts), 30))
+            across.start()
+            # Mostly what the other one has already, or will have.
+            replica.update(10 + updates // 2, run, fails=rng.random() < 0.1)
+            across.join()
+        else:
+            asked += 1
+            hits += replica.check(rng.choice(prompts))
+    events = [e for r, start in zip(replicas, started, strict=True) for e in r.engine.events[start:]]
+    tokens = report.summarize(events, [], {"replicas": 2})["tokens"]
+    print(f"\n50 updates: {asked} requests checked, {hits} tokens hit, {tokens['shared_hit']} shared, 0 stale")
+    assert tokens["stale_hit"] == 0
+    assert tokens["shared_hit"] > 0
+    assert hits >= 10_000
+
+
+def test_replica_is_killed_and_restarted(engines, start_engine, replicas, weights, prompts):
+    """A restarted engine loads what lies at the model path: base weights, or a checkpoint written over them."""
+    one, other = replicas
+    run, prompt = policy.new_run(), prompts[0]
+    one.update(80, run)
+    one.check(prompt)
+    other.engine.kill()
+    weights.make(81, start_engine.model)  # now another checkpoint at the same path
+    other.engine = engines[1] = start_engine(1, "again").wait()
+    other.version, other.policy = 81, None
+    assert other.check(prompt) == 0  # before its first update
+    unstamped = other.engine.ask(prompt, tokens=4)
+    assert unstamped.cached == 0
+    weights.check(81, prompt, unstamped)
+    other.update(80, run)
+    assert other.check(prompt) == HITS  # at the same policy as the one that lived on

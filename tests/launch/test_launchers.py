@@ -1,0 +1,160 @@
+"""All launchers: what they would run is taken by the real verl, vLLM and LMCache."""
+
+import json
+import os
+import shlex
+import subprocess
+
+import pytest
+from conftest import LAUNCHERS, ROOT
+
+from kvshare.launch import preflight
+from kvshare.launch.preflight import recipe
+
+
+def dry_run(launcher: str, cwd=ROOT, **environment: str) -> tuple[dict[str, str], list[str]]:
+    """Environment and command that a launcher prints with DRY_RUN=1."""
+    clean = {k: v for k, v in os.environ.items() if not k.upper().startswith("LMCACHE")}
+    done = subprocess.run(
+        ["bash", str(ROOT / launcher), "trainer.seed_for_test=1"],
+        cwd=cwd,
+        env={**clean, "DRY_RUN": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *exports, command = done.stdout.strip().splitlines()
+    pairs = [shlex.split(line)[1].split("=", 1) for line in exports]
+    return dict(pairs), shlex.split(command)
+
+
+def compose(launcher: str, **environment: str):
+    _, command = dry_run(launcher, **environment)
+    job = preflight.Job("remote", "cpu", [a for a in command[3:] if not a.startswith("trainer.seed_for_test")])
+    assert not list(recipe.config(job))
+    return job.config
+
+
+def backend_of(launcher: str) -> str:
+    return launcher.split("_")[2]
+
+
+def test_there_are_eight():
+    kinds = [f"run_qwen_{b}_backend{d}.sh" for b in ("p2p", "remote", "mp") for d in ("", "_cpu", "_npu")]
+    kinds.remove("run_qwen_mp_backend_npu.sh")  # LMCache-Ascend has no multi-process server: docs/backends.md
+    assert sorted(kinds) == LAUNCHERS
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_environment_and_command(launcher, tmp_path):
+    environment, command = dry_run(launcher, KVSHARE_RUN_DIR="/run")
+    backend = backend_of(launcher)
+    config = str(ROOT / "config" / f"{backend}_backend_config.yaml")
+    assert environment["LMCache_CONFIG_FILE"] == environment["LMCACHE_CONFIG_FILE"] == config
+    assert environment["PYTHONHASHSEED"] == "0"
+    assert command[:3] == ["python3", "-m", "verl.trainer.main_ppo"]
+    assert command[-1] == "trainer.seed_for_test=1"
+    model = f"{ROOT}/models/tiny-qwen2" if "cpu" in launcher else "Qwen/Qwen2.5-7B-Instruct"
+    assert f"actor_rollout_ref.model.path='{model}'" in command
+    if backend == "p2p":
+        assert environment.get("LMCACHE_TRANSFER_CHANNEL") == (None if "npu" in launcher else "nixl")
+    assert dry_run(launcher, cwd=tmp_path, KVSHARE_RUN_DIR="/run") == (environment, command)
+
+
+def test_what_the_caller_sets_reaches_a_cluster_once():
+    environment, command = dry_run(
+        "run_qwen_p2p_backend.sh", LMCACHE_CHUNK_SIZE="128", LMCACHE_TRANSFER_CHANNEL="mine", LMCACHE_CONFIG_FILE="a"
+    )
+    assert environment["LMCACHE_CHUNK_SIZE"] == "128"
+    assert environment["LMCACHE_TRANSFER_CHANNEL"] == "nixl"
+    names = [argument.split("=")[0] for argument in command if "runtime_env" in argument]
+    assert "+ray_kwargs.ray_init.runtime_env.env_vars.LMCACHE_CHUNK_SIZE" in names
+    assert len(names) == len(set(names)) == len(environment)
+
+
+@pytest.mark.parametrize("name", ["LMCache_CONFIG_FILE", "LMCACHE_CONFIG_FILE"])
+def test_users_config_wins_and_is_made_absolute(name, tmp_path):
+    environment, _ = dry_run(LAUNCHERS[0], cwd=tmp_path, **{name: "mine.yaml"})
+    assert environment["LMCache_CONFIG_FILE"] == environment["LMCACHE_CONFIG_FILE"] == str(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gae"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_verl_builds_its_dataclasses(launcher, estimator, model):
+    from verl.trainer.ppo.utils import need_critic
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = compose(launcher, ADV_ESTIMATOR=estimator, N_DEVICES="4", N_NODES="2", MODEL_PATH=str(model))
+    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (2, 4)
+    device = "npu" if "npu" in launcher else "cpu" if "cpu" in launcher else "cuda"
+    assert config.trainer.device == device
+    for part in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm, config.critic):
+        omega_conf_to_dataclass(part)
+    assert need_critic(config) == (estimator == "gae")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_vllm_parses_the_connector(launcher):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    text = compose(launcher).actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parsed = parser.parse_args(["--kv-transfer-config", text]).kv_transfer_config
+    assert parsed.kv_role == "kv_both"
+    assert parsed.kv_load_failure_policy == "recompute"
+    connectors = {"npu": "LMCacheAscendConnectorV1Dynamic", "mp": "LMCacheMPConnector"}
+    kind = "npu" if "npu" in launcher else backend_of(launcher)
+    assert parsed.kv_connector == connectors.get(kind, "LMCacheConnectorV1")
+    if "npu" in launcher:
+        module = "lmcache_ascend.integration.vllm.lmcache_ascend_connector_v1"
+        assert json.loads(text)["kv_connector_module_path"] == module
+
+
+@pytest.mark.parametrize("backend", ["remote", "p2p", "mp"])
+def test_lmcache_loads_the_config(backend, capfd, monkeypatch):
+    from lmcache.v1.config import load_engine_config_with_overrides
+
+    config = load_engine_config_with_overrides(str(ROOT / "config" / f"{backend}_backend_config.yaml"))
+    assert "Unknown" not in "".join(capfd.readouterr())
+    assert config.chunk_size == 256
+    if backend == "remote":
+        assert (config.remote_url, config.remote_serde, config.local_cpu) == ("lm://localhost:65432", "naive", True)
+    elif backend == "mp":
+        assert (config.remote_url, config.max_local_cpu_size) == ("tcp://localhost:5555", 5)
+    else:
+        assert config.p2p_init_ports == list(range(9960, 9968))
+        assert config.extra_config == {"lookup_backoff_time": 0.001}
+
+
+def test_shellcheck_is_clean():
+    scripts = [str(ROOT / launcher) for launcher in LAUNCHERS]
+    done = subprocess.run(["shellcheck", *scripts, str(ROOT / ".ci" / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_overrides_are_pasted_into_somebodys_own_job(launcher, tmp_path):
+    """verl's own config and recipe, with nothing of ours but what is printed."""
+    import verl
+
+    kind = launcher.removeprefix("run_qwen_").removesuffix(".sh").replace("_backend", "").split("_")
+    backend, device = kind[0], kind[1] if len(kind) > 1 else "cuda"
+    own = ["algorithm.adv_estimator=rloo", "actor_rollout_ref.model.path=/mine", "actor_rollout_ref.rollout.n=3"]
+    script = f"""
+        source <(kvshare overrides --backend {backend} --device {device})
+        printf '%s\\n' "$PYTHONHASHSEED" "$VERL_USE_EXTERNAL_MODULES" "$LMCACHE_CONFIG_FILE"
+        printf '%s\\n' {" ".join(own)} "${{kvshare_overrides[@]}}"
+    """
+    done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    seed, plugin, config, *overrides = done.stdout.splitlines()
+    assert (seed, plugin) == ("0", "kvshare.verl_plugin")
+    assert config == str(ROOT / "config" / f"{backend}_backend_config.yaml")
+    folder = os.path.dirname(verl.__file__) + "/trainer/config"
+    job = preflight.Job(backend, device, ["--config-dir", folder, "--config-name", "ppo_trainer", *overrides])
+    assert not list(recipe.config(job))
+    assert job.shares
+    assert job.rollout.router_config_path == str(ROOT / "config" / "router.yaml")
+    assert config == job.config.ray_kwargs.ray_init.runtime_env.env_vars.LMCACHE_CONFIG_FILE
+    assert (job.config.algorithm.adv_estimator, job.rollout.n) == ("rloo", 3)
+    assert job.config.actor_rollout_ref.model.path == "/mine"

@@ -1,0 +1,202 @@
+import pytest
+
+from kvshare.core.errors import UserError
+from kvshare.record import markdown, report
+
+RUN = {"backend": "remote", "device": "cpu", "replicas": 2}
+
+
+def store(replica, policy, *keys, time=0):
+    return {"op": "store", "time": time, "replica": replica, "policy": policy, "keys": list(keys)}
+
+
+def load(replica, policy, *keys, tokens=256, expected=None):
+    sizes = [tokens] * len(keys)
+    expected = sum(sizes) if expected is None else expected
+    return {
+        "op": "load",
+        "time": 1,
+        "replica": replica,
+        "policy": policy,
+        "keys": list(keys),
+        "tokens": sizes,
+        "expected": expected,
+    }
+
+
+def request(replica, policy, prompt, cached=0):
+    return {"op": "request", "time": 2, "replica": replica, "policy": policy, "prompt": prompt, "cached": cached}
+
+
+def tokens(*events):
+    return report.summarize(events, [], RUN)["tokens"]
+
+
+def test_shared_local_and_computed():
+    events = [
+        store(0, "p", 1, 2),
+        request(0, "p", 600),  # computed all of it
+        load(1, "p", 1, 2),
+        request(1, "p", 600, cached=512),  # from replica 0
+        request(1, "p", 600, cached=512),  # from vLLM's own prefix cache
+        load(0, "p", 1, 2),
+        request(0, "p", 600, cached=512),  # its own KV, through LMCache
+    ]
+    assert tokens(*events) == {
+        "prompt": 2400,
+        "computed": 864,
+        "local_hit": 1024,
+        "shared_hit": 512,
+        "unknown_hit": 0,
+        "stale_hit": 0,
+    }
+
+
+def test_load_that_did_not_arrive_is_computed():
+    counted = tokens(store(0, "p", 1, 2), load(1, "p", 1, expected=512), request(1, "p", 600, cached=512))
+    assert counted["shared_hit"] == 256
+    assert counted["computed"] == 344
+
+
+def test_preempted_request_counts_once():
+    again = {**load(1, "p", 1), "request": "r"}
+    counted = tokens(store(0, "p", 1), again, again, request(1, "p", 300, cached=256))
+    assert (counted["shared_hit"], counted["computed"]) == (256, 44)
+
+
+def test_key_of_two_policies_is_stale():
+    counted = tokens(store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 300, cached=256))
+    assert counted["stale_hit"] == 256
+
+
+def test_kv_that_nobody_stored_is_unknown():
+    assert tokens(load(1, "p", 7), request(1, "p", 300, cached=256))["unknown_hit"] == 256
+
+
+def test_amplification_is_per_policy():
+    both = [store(replica, "p0", 1, 2) for replica in (0, 1)]
+    once = [store(0, "p1", 3, 4), load(1, "p1", 3, 4)]
+    result = report.summarize([*both, *once, request(0, "p0", 600), request(1, "p1", 600, 512)], [], RUN)
+    assert result["prefill_amplification"] == 1.5
+    assert [p["prefill_amplification"] for p in result["policy"]] == [2.0, 1.0]
+
+
+def mismatch(*steps):
+    return [{"training/global_step": i, report.PEARSON: p, report.DIFFERENCE: d} for i, (p, d) in enumerate(steps, 1)]
+
+
+def test_mismatch_is_the_worst_step_next_to_the_first():
+    result = report.summarize([], mismatch((1.0, 1e-9), (0.69, 0.2)), RUN)
+    assert result["mismatch"] == {
+        "pearson_min": 0.69,
+        "pearson_floor": 1.0,
+        "probs_diff_max": 0.2,
+        "probs_diff_floor": 1e-9,
+        "floor": "first step",
+    }
+    assert result["steps"] == 2
+
+
+def test_baseline_is_the_noise_floor():
+    result = report.summarize([], mismatch((1.0, 1e-9)), RUN, baseline=mismatch((1.0, 1e-9), (0.999, 3e-9)))
+    assert (result["mismatch"]["pearson_floor"], result["mismatch"]["probs_diff_floor"]) == (0.999, 3e-9)
+
+
+def test_baseline_says_that_it_is_one():
+    result = report.summarize([request(0, "p", 300)], [], {**RUN, "backend": "no connector"})
+    assert "baseline" in report.verdict(result)
+
+
+def test_every_policy_has_its_row():
+    events = [store(0, "run-1", 1), load(1, "run-1", 1), request(1, "run-1", 512, 256), request(0, "private-a", 300)]
+    rows = [line for line in markdown.render(report.summarize(events, [], RUN)).splitlines() if "| run-1 |" in line]
+    assert rows == ["| run-1 | 512 | 256 | 0 | 256 | 0 | 1.000 |"]
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([], "No request was recorded"),
+        ([request(0, "p", 100)], "no prompt fills a chunk"),
+        ([store(0, "p", 1), request(0, "p", 300)], "No token was shared"),
+        ([store(0, "p", 1), load(1, "p", 1), request(1, "p", 512, 256)], "50.0% of prompt tokens"),
+        ([store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 512, 256)], "STALE"),
+        ([{"op": "degraded", "time": 0, "replica": 1}], "NOT SHARING: LMCache did not start in replica 1"),
+    ],
+)
+def test_verdict(events, words):
+    assert words in report.verdict(report.summarize(events, [], RUN))
+
+
+def test_replica_whose_lmcache_comes_late_is_said_to_share():
+    up = [{"op": op, "time": time, "replica": 1} for time, op in enumerate(["degraded", "ready", "ready"])]
+    result = report.summarize(up, [], RUN)
+    assert (result["degraded"], result["late"]) == ([], [1])
+    assert "came up late in replica 1" in markdown.render(result)
+    assert report.summarize([*up, {**up[0], "time": 9}], [], RUN)["degraded"] == [1]  # it was started again
+
+
+def test_report_of_a_killed_run(tmp_path):
+    (tmp_path / "run.json").write_text('{"backend": "remote", "device": "cpu", "replicas": 2}')
+    (tmp_path / "events-0.jsonl").write_text('{"op": "request", "time": 1, "replica": 0, "policy": "p", "pro')
+    assert report.write(tmp_path)["tokens"]["prompt"] == 0
+    assert "remote on cpu, 2 replicas" in (tmp_path / "report.md").read_text()
+
+
+def test_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run\.json"):
+        report.read(tmp_path)
+
+
+def end(step, time, server=None):
+    return {"op": "step", "time": time, "replica": "trainer", "step": step, "server": server}
+
+
+def at(time, event):
+    return {**event, "time": time}
+
+
+TWO_STEPS = [
+    at(1, store(0, "p0", 1)),
+    at(2, load(1, "p0", 1)),
+    at(3, request(1, "p0", 512, 256)),
+    end(1, 4, {"bytes": 100, "limit": 1000, "evicted": 0, "evicted_bytes": 20, "refused": 0}),
+    at(5, store(0, "p1", 2)),
+    at(6, request(0, "p1", 300)),
+    end(2, 7, {"bytes": 200, "limit": 1000, "evicted": 0, "evicted_bytes": 40, "refused": 0}),
+    at(8, request(0, "p2", 999)),  # of a step that has not ended
+]
+
+
+def logged(*rewards):
+    return [{"training/global_step": i, "critic/score/mean": r} for i, r in enumerate(rewards, 1)]
+
+
+def test_a_step_is_what_came_since_the_one_before():
+    one, two = report.summarize(TWO_STEPS, logged(0.25, 0.75), RUN)["step"]
+    assert (one["prompt"], one["computed"], one["shared_hit"], one["reward"]) == (512, 256, 256, 0.25)
+    assert [r["prompt"] for r in one["replica"]] == [0, 512]
+    assert (two["prompt"], two["computed"], two["shared_hit"], two["reward"]) == (300, 300, 0, 0.75)
+    assert (one["hit_rate"], two["hit_rate"]) == (0.5, 0.0)
+    assert two["server"]["bytes"] == 200
+
+
+def test_time_saved_is_what_computing_would_have_taken_less_the_loads():
+    prefills = [{**request(0, "p", 1000), "prefill": rate} for rate in (None, 800.0, 1000.0)]
+    loads = [{**load(1, "p", 1, 2), "seconds": 0.1}]
+    result = report.summarize([store(0, "p", 1, 2), *prefills, *loads], [], RUN)
+    assert result["prefill_tokens_per_second"] == 1000
+    assert result["time_saved_seconds"] == pytest.approx(0.512 - 0.1)
+    assert report.summarize(prefills[:1], [], RUN)["time_saved_seconds"] is None
+
+
+def test_forecast_stands_next_to_what_was_measured():
+    forecast = {"shareable_tokens_a_step": 130, "local_tokens_a_step": 0, "stored_bytes_a_step": 99, "verdict": "v"}
+    result = report.summarize(TWO_STEPS, logged(0, 0), {**RUN, "forecast": forecast})
+    assert list(report.against_forecast(result).values()) == [(130, 128), (0, 0), (99, 120)]
+
+
+def test_replica_that_left_no_ledger_is_named():
+    result = report.summarize([request(0, "p", 300)], [], {**RUN, "replicas": 3})
+    assert result["unseen"] == [1, 2]
+    assert "NOT SEEN: replica 1, 2" in report.verdict(result)

@@ -1,0 +1,62 @@
+import asyncio
+
+import pytest
+
+from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
+
+KEY = ("policy", "prefix")
+
+
+def outcome(*calls, key=KEY, seconds=0.05):
+    """What somebody who waits for the prefix is told, while these calls are made."""
+
+    async def scenario():
+        prefixes = StoredPrefixes()
+        prefixes.started("r", Prefill(*KEY, tokens=512))
+        waiting = asyncio.create_task(prefixes.wait(key, seconds))
+        await asyncio.sleep(0)
+        for name, *args in calls:
+            getattr(prefixes, name)(*args)
+        told = await waiting
+        assert not prefixes._waiting.get(key) or not told
+        return told, await prefixes.wait(key, 0.01)
+
+    return asyncio.run(scenario())
+
+
+STORED = [("storing", "r"), ("stored", "r", 512)]
+
+
+@pytest.mark.parametrize(
+    ("calls", "found"),
+    [
+        (STORED, True),
+        ([("storing", "r"), ("storing", "r"), ("stored", "r", 256), ("stored", "r", 512)], True),  # chunked prefill
+        ([("storing", "r"), ("storing", "r"), ("stored", "r", 512)], False),  # the first has not arrived
+        ([("first_token", "r", 512)], True),  # there was nothing to store
+        ([("first_token", "r", 256)], False),
+        ([("ended", "r")], False),
+        ([("storing", "r"), ("ended", "r"), ("stored", "r", 512)], True),  # a short answer, a slow store
+        ([("storing", "r"), ("stored", "r", 0)], False),  # it failed; the answer goes on
+        ([("give_up",)], False),
+        ([], False),
+    ],
+)
+def test_who_waits_is_told(calls, found):
+    assert outcome(*calls) == (found, found)
+
+
+def test_another_policy_is_another_prefix():
+    assert outcome(*STORED, key=("next policy", "prefix")) == (False, False)
+
+
+def test_one_digest_a_whole_chunk():
+    assert chunk_digests([1] * 255, 256) == []
+    assert chunk_digests([1] * 256, 256) == chunk_digests([1] * 256 + [2] * 255, 256)
+    assert chunk_digests([1] * 256, 256) != chunk_digests([2] + [1] * 255, 256)
+
+
+def test_prompts_share_the_digests_of_what_they_share():
+    one, other = chunk_digests([1] * 512 + [2] * 256, 256), chunk_digests([1] * 512 + [3] * 256, 256)
+    assert one[:2] == other[:2]
+    assert one[2] != other[2]

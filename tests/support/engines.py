@@ -1,0 +1,174 @@
+"""A real vLLM server with LMCache for tests, and the events its worker sends."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import zmq
+
+from kvshare.core import policy, ports
+from kvshare.record import worker_events
+from kvshare.services.processes import Processes
+from kvshare.tools import vllm_http
+
+
+@dataclass
+class Answer:
+    tokens: list[str]
+    logprobs: list[float]
+    cached: int  # prompt tokens vLLM did not compute: its own prefix cache's and the connector's
+    seconds: float
+
+
+class Engine:
+    """``python -m vllm.entrypoints.openai.api_server`` on a free port; answers are exact (fp32, greedy).
+
+    Args:
+        rank: which replica it plays in the ledger lines of ``events``.
+        environment: on top of the tests' own.
+        host: address it listens on.
+        inside: command to run it with, e.g. in another network namespace.
+        connector: vLLM's name for it; None: without one.
+    """
+
+    def __init__(
+        self,
+        processes: Processes,
+        rank: int,
+        model: Path,
+        log: Path,
+        environment: dict[str, str],
+        host: str = "127.0.0.1",
+        inside: tuple[str, ...] = (),
+        connector: str | None = "LMCacheConnectorV1",
+    ) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._rank = rank
+        address = f"ipc://{log}.events" if inside else f"ipc://@kvshare-test-{uuid4().hex}"  # @ is of one namespace
+        threading.Thread(target=self._listen, args=(address,), daemon=True).start()
+        self.log = log
+        self.url = f"http://{host}:{(port := ports.free_port())}"
+        internal = ports.free_port()
+        self._worker = f"http://127.0.0.1:{internal + 1}"  # LMCache's own API of worker 0
+        command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
+        command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
+        if connector:
+            transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+            command += ["--kv-transfer-config", json.dumps(transfer)]
+        settings = {
+            "PYTHONHASHSEED": "0",
+            "VLLM_SERVER_DEV_MODE": "1",  # serves /reset_prefix_cache
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
+            "LMCACHE_BLOCKING_TIMEOUT_SECS": "1",
+            "LMCACHE_LOG_LEVEL": "INFO",
+            "LMCACHE_INTERNAL_API_SERVER_ENABLED": "true",
+            "LMCACHE_INTERNAL_API_SERVER_PORT_START": str(internal),
+            worker_events.ADDRESS: address,
+        }
+        self._processes = processes
+        self._process = processes.start(command, log, {**settings, **environment})
+
+    def wait(self) -> Engine:
+        """Until it is healthy; fails at once, with the log's end, when it has died."""
+        while True:
+            try:
+                vllm_http.get(f"{self.url}/health")
+                return self
+            except OSError:
+                assert self._process.poll() is None, self.log.read_text()[-3000:]
+                time.sleep(0.5)
+
+    def ready(self) -> bool:
+        """Whether LMCache is, in its worker."""
+        return any(event["op"] == "ready" for event in self.events)
+
+    def ask(
+        self,
+        prompt: list[int],
+        stamp: str | None = None,
+        tokens: int = 8,
+        stamped: float | None = None,
+        stores: int = 0,
+    ) -> Answer:
+        """Returns when the prompt's KV has been stored, if it will be.
+
+        Args:
+            prompt: token ids.
+            stamp: policy id, given to LMCache and vLLM as the rollout server does it.
+            stamped: Unix time at which it was; now.
+            stores: that there must be, however late a busy machine reports them.
+        """
+        request = uuid4().hex
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
+        body |= {"ignore_eos": True, "return_tokens_as_token_ids": True}
+        params = {worker_events.REQUEST: request}
+        if stamp:
+            params[policy.TAG] = body["cache_salt"] = stamp
+            params[policy.STAMPED_AT] = stamped or time.time()
+        began = time.monotonic()
+        answer = self._post("/v1/completions", {**body, "kv_transfer_params": params})
+        seconds = time.monotonic() - began
+        self._settle(request, stores)
+        logprobs = answer["choices"][0]["logprobs"]
+        details = answer["usage"].get("prompt_tokens_details") or {}
+        return Answer(logprobs["tokens"], logprobs["token_logprobs"], details.get("cached_tokens") or 0, seconds)
+
+    def hits(self, since: int) -> int:
+        """Tokens loaded since ``since = len(engine.events)``."""
+        return sum(sum(e["tokens"]) for e in self.events[since:] if e["op"] == "load")
+
+    def reset(self, connector: bool = True) -> bool:
+        return self._post(f"/reset_prefix_cache?reset_external={str(connector).lower()}", {})["success"]
+
+    def load(self, weights: Path) -> None:
+        """Replace the weights of the live engine."""
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}})
+
+    def metric(self, name: str) -> float:
+        """Of vLLM."""
+        return vllm_http.metrics(vllm_http.get(f"{self.url}/metrics"))[name]
+
+    def local_tier(self) -> float:
+        """Bytes in LMCache's local CPU tier."""
+        return vllm_http.metrics(vllm_http.get(f"{self._worker}/metrics")).get("lmcache:local_cache_usage", 0)
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not done():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        self._processes.kill(self._process)
+
+    def _settle(self, request: str, stores: int) -> None:
+        """Wait until each "store" of the request has its "stored"."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            time.sleep(0.1)  # events come a little later than the answer
+            mine = [e["op"] for e in self.events if e.get("request") == request]
+            if mine.count("store") == mine.count("stored") >= stores:
+                return
+        raise AssertionError(f"KV of request {request} was never stored")
+
+    def _listen(self, address: str) -> None:
+        socket = zmq.Context.instance().socket(zmq.PULL)
+        socket.bind(address)
+        while True:
+            event = json.loads(socket.recv())
+            self.events.append({**event, "time": time.time(), "replica": self._rank})
+
+    def _post(self, path: str, body: dict) -> Any:
+        return vllm_http.post(self.url + path, body)

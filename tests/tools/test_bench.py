@@ -1,0 +1,102 @@
+"""`kvshare bench`, on the session's two engines and on made-up samples."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from kvshare.cli.main import app
+from kvshare.core.errors import UserError
+from kvshare.tools.bench import engines, run, tables
+
+
+def row(first, shared=0, **more):
+    sample = {
+        "first": first,
+        "end": first + 0.1,
+        "computed": 1025 - shared,
+        "shared": shared,
+        "logprob_difference": 0.0,
+    }
+    return {"tokens": 1024, "answer": 11, "samples": [sample] * 3, **more}
+
+
+RESULT = {
+    "machine": "1 core",
+    "copy": ("memory to memory", 1e9),
+    "kv_bytes_a_token": 1000,
+    "cases": [
+        row(0.2, case="none", at_once=1),
+        row(0.21, case="miss", at_once=1),
+        row(0.05, 1024, case="shared", at_once=1),
+        row(0.02, case="local", at_once=1),
+    ],
+    "patterns": [row(0.3, 1024, routing="kvshare", n=8)],
+}
+
+
+def test_table():
+    lines = tables.markdown(RESULT).splitlines()
+    (case,) = (line for line in lines if line.startswith("| 1,024 | 1 |"))
+    assert case.split(" | ")[2:6] == [
+        "200.0 (200.0–200.0)",
+        "210.0 (210.0–210.0)",
+        "50.0 (50.0–50.0)",
+        "20.0 (20.0–20.0)",
+    ]
+    assert case.endswith("| 1,024 | 1 | 1.0 | 4.0 |")  # tokens found, MB, ms of the copy alone, times faster
+    assert any(line.startswith("| 1,024 | 8 | kvshare | 0.00 | 1,024 |") for line in lines)
+    assert "no connector 10.0" in lines[-5]  # ms of a later token
+
+
+def test_plot(tmp_path):
+    tables.plot(RESULT, tmp_path / "bench.svg")
+    assert (tmp_path / "bench.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("services: [", "start from"),
+        ("engine: x", "must have the keys"),
+        ("{backend: lm, arguments: [], engine: x, connector: {}, environment: {}}", "backend must be one of"),
+        ("{backend: p2p, arguments: 1, engine: x, connector: {}, environment: {}}", "arguments must be a list"),
+    ],
+)
+def test_bad_config(tmp_path, text, wrong):
+    (tmp_path / "bench.yaml").write_text(text)
+    with pytest.raises(UserError, match=wrong):
+        engines.read(tmp_path / "bench.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "bench").iterdir()), ids=lambda path: path.stem)
+def test_own_configs(path):
+    config = engines.read(path)
+    assert path.stem.removesuffix("_cpu") == config["backend"]
+    assert config["environment"]["LMCACHE_CONFIG_FILE"] == f"config/{config['backend']}_backend_config.yaml"
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["bench", "--engine", "http://a"], ["bench", "x", "--tokens", "1k"]])
+def test_bad_arguments(arguments):
+    assert isinstance(CliRunner().invoke(app, arguments).exception, UserError)
+
+
+def test_nobody_there():
+    with pytest.raises(UserError, match="is no vLLM server"):
+        run.of_urls(["http://127.0.0.1:9", "http://127.0.0.1:9"], None, run.Asked([(256, 1)], 0, 1, 1, 0))
+
+
+def test_two_engines(engines):
+    """What is counted adds up, a shared hit is all of the whole chunks, and the answers are those of the miss."""
+    urls = [engine.url for engine in engines]
+    result = run.of_urls(urls, None, run.Asked([(1024, 2)], n=2, answer=2, repeat=1, settle=5))
+    found = {row["case"]: row["samples"][0] for row in result["cases"]}
+    assert {case: sample["prompt"] for case, sample in found.items()} == {"miss": 2050, "shared": 2050, "local": 2050}
+    assert (found["miss"]["shared"], found["shared"]["shared"], found["local"]["local"]) == (0, 2048, 2048)
+    assert max(sample["logprob_difference"] for sample in found.values()) < 1e-5
+    assert [row["routing"] for row in result["patterns"]] == ["verl", "affinity", "kvshare"]
+    for row in result["patterns"]:
+        assert row["samples"][0]["prompt"] == 2050
+        assert row["samples"][0]["computed"] == (2050 if row["routing"] == "verl" else 1026)
+    assert json.loads(json.dumps(result))["kv_bytes_a_token"]
