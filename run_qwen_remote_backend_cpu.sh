@@ -17,67 +17,20 @@
 # DRY_RUN=1            print environment and command, start nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-
-config=$(realpath -m "${LMCache_CONFIG_FILE:-${LMCACHE_CONFIG_FILE:-$here/config/remote_backend_config.yaml}}")
-run_dir=$(realpath -m "${KVSHARE_RUN_DIR:-$here/outputs/remote-$(date +%Y%m%d-%H%M%S)}")
+export LMCache_CONFIG_FILE=${LMCache_CONFIG_FILE:-${LMCACHE_CONFIG_FILE:-$here/config/remote_backend_config.yaml}}
+export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB a replica
+export LMCACHE_MAX_LOCAL_CPU_SIZE=${LMCACHE_MAX_LOCAL_CPU_SIZE:-0.5} # GiB a replica
 model=${MODEL_PATH:-$here/models/tiny-qwen2}
-data=$(realpath -m "${DATA_DIR:-$here/data/gsm8k}")
-
+data=${DATA_DIR:-$here/data/gsm8k}
 kv_transfer_config='{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
 
-environment=(
-  "LMCache_CONFIG_FILE=$config"
-  "LMCACHE_CONFIG_FILE=$config" # the name LMCache reads
-  PYTHONHASHSEED=0              # chunk hashes must agree between processes
-  VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin
-  "KVSHARE_RUN_DIR=$run_dir"
-  "VERL_FILE_LOGGER_PATH=$run_dir/metrics.jsonl"
-  VERL_PLATFORM=cpu
-  VERL_ENGINE_DEVICE=cuda # verl 0.9.1 registers its FSDP engines for cuda and npu only
-  TORCHDYNAMO_DISABLE=1
-  RAY_raylet_start_wait_time_s=300
-  RAY_prestart_worker_first_driver=false # one idle worker for each of the CPUs it is told of
-  OMP_NUM_THREADS=1
-  VLLM_CPU_OMP_THREADS_BIND=nobind
-  "VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}" # GiB a replica
-  "LMCACHE_MAX_LOCAL_CPU_SIZE=${LMCACHE_MAX_LOCAL_CPU_SIZE:-0.5}" # GiB a replica
-)
-for name in $(compgen -e LMCACHE_); do # what the caller has set
-  [[ " ${environment[*]}" == *" $name="* ]] || environment+=("$name=${!name}")
-done
-
-runtime_env=() # the same for Ray: a cluster that is up already inherits nothing
-for setting in "${environment[@]}"; do
-  runtime_env+=("+ray_kwargs.ray_init.runtime_env.env_vars.${setting%%=*}='${setting#*=}'")
-done
-
-train=(
-  python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k_cpu
-  "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}"
-  trainer.device=cpu
-  "trainer.nnodes=${N_NODES:-1}"
-  "trainer.n_gpus_per_node=${N_DEVICES:-2}"
-  "actor_rollout_ref.model.path='$model'"
-  "critic.model.path='$model'"
-  "data.train_files='$data/train.parquet'"
-  "data.val_files='$data/test.parquet'"
-  "actor_rollout_ref.rollout.router_config_path=${ROUTER:-$here/config/router.yaml}"
-  "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='$kv_transfer_config'"
-  "${runtime_env[@]}"
+python3 -c "import kvshare" || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
+exec python3 -m kvshare launch --backend remote --device cpu -- \
+  python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k_cpu \
+  "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}" \
+  trainer.device=cpu "trainer.nnodes=${N_NODES:-1}" "trainer.n_gpus_per_node=${N_DEVICES:-2}" \
+  "actor_rollout_ref.model.path=$model" "critic.model.path=$model" \
+  "data.train_files=$data/train.parquet" "data.val_files=$data/test.parquet" \
+  "actor_rollout_ref.rollout.router_config_path=${ROUTER:-$here/config/router.yaml}" \
+  "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='$kv_transfer_config'" \
   "$@"
-)
-
-if [[ ${DRY_RUN:-0} == 1 ]]; then
-  printf 'export %q\n' "${environment[@]}"
-  printf '%q ' "${train[@]}"
-  echo
-  exit
-fi
-export "${environment[@]}"
-python3 -c "import kvshare" 2>/dev/null ||
-  { echo "kvshare is not installed for $(command -v python3): activate .venv, or pip install -e $here" >&2; exit 2; }
-if [[ ${START_SERVICES:-0} == 1 ]]; then # this script again, with the service beside it
-  exec env START_SERVICES=0 python3 -m kvshare services run --backend remote --folder "$run_dir" -- bash "$0" "$@"
-fi
-python3 -m kvshare preflight --backend remote --device cpu -- "${train[@]:3}"
-exec python3 -m kvshare run "$run_dir" "${train[@]}" # ends what it started, however it ends; then the report

@@ -104,12 +104,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
-def preflight(backend: BackendOption, device: DeviceOption, hydra: Hydra = None, as_json: Json = False) -> None:
+def preflight(
+    backend: BackendOption,
+    device: DeviceOption,
+    hydra: Hydra = None,
+    as_json: Json = False,
+    record: Annotated[Path | None, typer.Option(help="Folder of the run that starts now, for its report.")] = None,
+) -> None:
     """Check that a run can start and will share; exit code 2 if something must be mended."""
     os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
     from kvshare.launch import preflight as checks
 
-    folder = os.environ.get("KVSHARE_RUN_DIR")  # set by a launcher that is about to train
     job = _job(backend, device, hydra or [])
     findings = checks.run(job)
     wrong = checks.errors(findings)
@@ -120,8 +125,8 @@ def preflight(backend: BackendOption, device: DeviceOption, hydra: Hydra = None,
         _print_findings(findings, sys.stderr if wrong else sys.stdout)
     if wrong:
         raise typer.Exit(2)
-    if folder:
-        checks.record(job, Path(folder))
+    if record:
+        checks.record(job, record)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -177,12 +182,15 @@ def verify(
 
 def _job(backend: str, device: str, hydra: list[str]) -> Job:
     """Arguments without --config-dir are overrides for the launcher's."""
-    from kvshare.launch import overrides
+    from kvshare.launch import arguments, environment, launchers
     from kvshare.launch.preflight import Job
 
     if "--config-dir" not in hydra:
-        environment, hydra = overrides.dry_run(backend, device, hydra)
-        os.environ.update({name: os.environ.get(name) or value for name, value in environment.items()})
+        exports, given = launchers.read(backend, device, os.environ)
+        run = Path(os.environ.get("KVSHARE_RUN_DIR") or "outputs").absolute()
+        variables = environment.of_run(device, run, {**os.environ, **exports})
+        os.environ.update(variables)
+        hydra = arguments.complete([*given, *hydra], device, variables)
     return Job(backend, device, hydra)
 
 
@@ -231,26 +239,34 @@ def _bytes(gib: str) -> int:
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
-def run(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="KVSHARE_RUN_DIR of the run.")],
-    command: Annotated[list[str], typer.Argument(help="What trains, with its arguments.")],
+def launch(
+    backend: BackendOption,
+    device: DeviceOption,
+    command: Annotated[list[str], typer.Argument(help="-- and python3 -m verl.trainer.main_ppo with its arguments.")],
 ) -> None:
-    """Train, end everything that was started, however training ends, and report; exit code of the training."""
-    from uuid import uuid4
+    """What every launcher becomes: preflight, train, end everything that was started, report.
 
-    from kvshare.record import report as reports
-    from kvshare.services.processes import Processes
+    START_SERVICES=1 also starts what the backend needs; DRY_RUN=1 only prints.
+    Exit code: that of preflight or training.
+    """
+    from kvshare.launch import launch as launches
+    from kvshare.services.health import NotStarted
 
-    folder.mkdir(parents=True, exist_ok=True)
+    started = launches.Launch(backend, device, command, os.environ)
+    if os.environ.get("DRY_RUN") == "1":
+        print(started.dry_run())
+        return
     try:
-        with Processes(("KVSHARE_RUN", uuid4().hex)) as processes:
-            code = processes.start(command, None).wait()
+        code = started.run(services=os.environ.get("START_SERVICES") == "1")
+    except NotStarted as failed:
+        print(*failed.tail, f"kvshare launch: {failed}; log: {failed.log}", sep="\n", file=sys.stderr)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print("kvshare run: interrupted; everything it started has ended", file=sys.stderr)
+        print("kvshare launch: interrupted; everything it started has ended", file=sys.stderr)
         raise typer.Exit(130) from None
-    if not code:
-        _print_report(reports.write(folder), folder)
-    raise typer.Exit(code if code >= 0 else 128 - code)
+    if not code and (made := launches.write_report(started.run_dir)):
+        _print_report(made, started.run_dir)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -7,15 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import uuid4
 
 import typer
 
 from kvshare.core.errors import UserError
 from kvshare.services import background
-from kvshare.services.backends import BACKENDS, place
-from kvshare.services.health import NotStarted, wait_healthy
-from kvshare.services.processes import Processes
+from kvshare.services.backends import BACKENDS
+from kvshare.services.health import NotStarted
 
 app = typer.Typer(no_args_is_help=True, help="Start, look at and end what a backend needs on this host.")
 PASSES = {"ignore_unknown_options": True}
@@ -67,29 +65,6 @@ def status(backend: BackendOption, folder: Folder = HERE, as_json: Json = False)
         raise typer.Exit(1)
     if not _print(started, as_json):
         raise typer.Exit(1)
-
-
-@app.command(context_settings=PASSES)
-def run(
-    backend: BackendOption,
-    command: Annotated[list[str], typer.Argument(help="What to run, with its arguments.")],
-    host: Host = LOOPBACK,
-    folder: Folder = HERE,
-) -> None:
-    """Run COMMAND while it is up, with what it exports; exit code of COMMAND. It ends with it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    needs, log = BACKENDS[backend], folder / f"{backend}.log"
-    try:
-        with Processes((background.MARK, uuid4().hex)) as processes:
-            start, exports = place(needs, host, folder)
-            where = wait_healthy(needs.service, processes.start(start, log), lambda: needs.check(exports), log)
-            print(f"kvshare services: {needs.service} is up at {where}; log: {log}", flush=True)
-            code = processes.start(command, None, exports).wait()
-    except NotStarted as failed:
-        raise _failed(failed) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    raise typer.Exit(code if code >= 0 else 128 - code)
 
 
 def _failed(failed: NotStarted) -> typer.Exit:

@@ -19,6 +19,11 @@ NOT_SETTINGS = {"LMCACHE_CONFIG_FILE", "LMCACHE_LOG_LEVEL", "LMCACHE_TRACK_USAGE
 """Environment variables of LMCache that are not keys of the config file."""
 
 
+def path(environ: typing.Mapping[str, str]) -> str | None:
+    """Of the config file: LMCache reads one name, launchers and users may give the other."""
+    return environ.get("LMCache_CONFIG_FILE") or environ.get("LMCACHE_CONFIG_FILE")
+
+
 def read(path: str | None) -> dict[str, Any]:
     """The keys of a config file.
 

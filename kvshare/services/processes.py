@@ -38,11 +38,13 @@ class Processes:
         # have 107 characters.
         self._inherited = os.environ.get(TEMPORARY)
         self._temporary = self._inherited or tempfile.mkdtemp(prefix="kvshare-")
-        self._previous = {number: signal.signal(number, _as_interrupt) for number in ENDING}
+        # What is ignored stays so: nohup ignores SIGHUP, and its command must outlive the terminal.
+        heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, _as_interrupt) for number in heard}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number in ENDING:  # a second Ctrl-C must not stop the ending
+        for number in self._previous:  # a second Ctrl-C must not stop the ending
             signal.signal(number, signal.SIG_IGN)
         self.end()
         for number, handler in self._previous.items():

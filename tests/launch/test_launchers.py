@@ -8,7 +8,8 @@ import subprocess
 import pytest
 from conftest import LAUNCHERS, ROOT
 
-from kvshare.launch import preflight
+from kvshare.core.errors import UserError
+from kvshare.launch import arguments, launchers, preflight
 from kvshare.launch.preflight import recipe
 
 
@@ -39,6 +40,10 @@ def backend_of(launcher: str) -> str:
     return launcher.split("_")[2]
 
 
+def device_of(launcher: str) -> str:
+    return next((device for device in ("cpu", "npu") if device in launcher), "cuda")
+
+
 def test_there_are_eight():
     kinds = [f"run_qwen_{b}_backend{d}.sh" for b in ("p2p", "remote", "mp") for d in ("", "_cpu", "_npu")]
     kinds.remove("run_qwen_mp_backend_npu.sh")  # LMCache-Ascend has no multi-process server: docs/backends.md
@@ -53,7 +58,8 @@ def test_environment_and_command(launcher, tmp_path):
     assert environment["LMCache_CONFIG_FILE"] == environment["LMCACHE_CONFIG_FILE"] == config
     assert environment["PYTHONHASHSEED"] == "0"
     assert command[:3] == ["python3", "-m", "verl.trainer.main_ppo"]
-    assert command[-1] == "trainer.seed_for_test=1"
+    assert "trainer.seed_for_test=1" in command
+    assert "+attention=sdpa" not in command or device_of(launcher) == "cuda"
     model = f"{ROOT}/models/tiny-qwen2" if "cpu" in launcher else "Qwen/Qwen2.5-7B-Instruct"
     assert f"actor_rollout_ref.model.path='{model}'" in command
     if backend == "p2p":
@@ -72,6 +78,55 @@ def test_what_the_caller_sets_reaches_a_cluster_once():
     assert len(names) == len(set(names)) == len(environment)
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_are_read_as_bash_runs_them(launcher, monkeypatch, tmp_path):
+    """`kvshare overrides` and `forecast` read the launcher's text; `kvshare launch` gets what bash makes of it."""
+    caller = {"MODEL_PATH": "some/model", "N_DEVICES": "3", "LMCACHE_CONFIG_FILE": "/mine.yaml", "PATH": str(tmp_path)}
+    shown = tmp_path / "python3"
+    shown.write_text('#!/bin/sh\n[ "$1" = -c ] || { env; printf "argument %s\\n" "$@"; }\n')
+    shown.chmod(0o755)
+    bash = ["/bin/bash", str(ROOT / launcher)]
+    path = f"{tmp_path}:/usr/bin:/bin"
+    lines = subprocess.run(bash, env=caller | {"PATH": path}, capture_output=True, text=True, check=True).stdout
+    given = [line.removeprefix("argument ") for line in lines.splitlines() if line.startswith("argument ")]
+    exports, arguments = launchers.read(backend_of(launcher), device_of(launcher), caller)
+    assert arguments == given[given.index("verl.trainer.main_ppo") + 1 :]
+    assert set(lines.splitlines()) >= {f"{name}={value}" for name, value in exports.items()}
+    assert exports["LMCache_CONFIG_FILE"] == "/mine.yaml"
+
+
+def test_no_launcher_for_mp_on_ascend():
+    with pytest.raises(UserError, match="the mp backend does not run on npu"):
+        launchers.read("mp", "npu", {})
+
+
+@pytest.mark.parametrize("path", ["it's here/model", "back\\slash", "a b=c,d{e}", 'quo"te', "ends\\"])
+def test_any_path_reaches_verl_as_it_is(path, tmp_path):
+    (tmp_path / path).mkdir(parents=True)
+    _, command = dry_run(LAUNCHERS[0], cwd=tmp_path, MODEL_PATH=path, DATA_DIR=path)
+    job = preflight.Job("remote", "cpu", [a for a in command[3:] if not a.startswith("trainer.seed_for_test")])
+    assert not list(recipe.config(job))
+    assert job.config.actor_rollout_ref.model.path == str(tmp_path / path)
+    assert job.config.data.train_files == str(tmp_path / path / "train.parquet")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_attention_is_one_that_is_installed(installed, monkeypatch):
+    """verl removes padding with flash-attn only, and takes flash-attn for granted."""
+    monkeypatch.setattr(arguments, "find_spec", lambda name: installed or None)
+    monkeypatch.setenv("KVSHARE_RUN_DIR", "/run")
+    _, given = launchers.read("mp", "cuda", os.environ)
+    job = preflight.Job("mp", "cuda", arguments.complete(given, "cuda", {}))
+    assert not list(recipe.config(job))
+    for part in (job.config.actor_rollout_ref.model, job.config.critic.model):
+        assert part.use_remove_padding == installed
+        assert part.override_config.get("attn_implementation", "flash_attention_2") == (
+            "flash_attention_2" if installed else "sdpa"
+        )
+    assert job.config.actor_rollout_ref.actor.use_dynamic_bsz == installed
+    assert arguments.complete(["+attention=sdpa"], "cuda", {}) == ["+attention=sdpa"]
+
+
 @pytest.mark.parametrize("name", ["LMCache_CONFIG_FILE", "LMCACHE_CONFIG_FILE"])
 def test_users_config_wins_and_is_made_absolute(name, tmp_path):
     environment, _ = dry_run(LAUNCHERS[0], cwd=tmp_path, **{name: "mine.yaml"})
@@ -86,8 +141,7 @@ def test_verl_builds_its_dataclasses(launcher, estimator, model):
 
     config = compose(launcher, ADV_ESTIMATOR=estimator, N_DEVICES="4", N_NODES="2", MODEL_PATH=str(model))
     assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == (2, 4)
-    device = "npu" if "npu" in launcher else "cpu" if "cpu" in launcher else "cuda"
-    assert config.trainer.device == device
+    assert config.trainer.device == device_of(launcher)
     for part in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm, config.critic):
         omega_conf_to_dataclass(part)
     assert need_critic(config) == (estimator == "gae")
@@ -138,8 +192,7 @@ def test_overrides_are_pasted_into_somebodys_own_job(launcher, tmp_path):
     """verl's own config and recipe, with nothing of ours but what is printed."""
     import verl
 
-    kind = launcher.removeprefix("run_qwen_").removesuffix(".sh").replace("_backend", "").split("_")
-    backend, device = kind[0], kind[1] if len(kind) > 1 else "cuda"
+    backend, device = backend_of(launcher), device_of(launcher)
     own = ["algorithm.adv_estimator=rloo", "actor_rollout_ref.model.path=/mine", "actor_rollout_ref.rollout.n=3"]
     script = f"""
         source <(kvshare overrides --backend {backend} --device {device})

@@ -54,21 +54,63 @@ def test_signals_end_everything(tmp_path, number):
     assert not psutil.pid_exists(daemon)
 
 
-def test_launcher_that_is_ended_leaves_nothing(tmp_path):
-    """`kvshare run`, which every launcher becomes."""
+@pytest.fixture
+def launch(tmp_path):
+    """`kvshare launch`, which every launcher becomes, with a package verl whose training is some code."""
+
+    def start(training: str, preflight: int = 0, **kwargs) -> subprocess.Popen:
+        trainer = tmp_path / "verl" / "trainer"
+        trainer.mkdir(parents=True)
+        for package in (trainer, trainer.parent):
+            (package / "__init__.py").touch()
+        (trainer / "main_ppo.py").write_text(training)
+        ends = f"import os, sys\nif 'preflight' in sys.orig_argv:\n    os._exit({preflight})\n"
+        (tmp_path / "sitecustomize.py").write_text(ends)
+        command = [sys.executable, "-m", "kvshare", "launch", "--backend", "remote", "--device", "cpu", "--"]
+        command += [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(tmp_path), "--config-name", "c"]
+        environment = {**os.environ, "KVSHARE_RUN_DIR": str(tmp_path / "run"), "PYTHONPATH": str(tmp_path)}
+        return subprocess.Popen(command, env=environment, text=True, **kwargs)
+
+    return start
+
+
+def test_launcher_that_is_ended_leaves_nothing(launch, tmp_path):
     out = tmp_path / "out"
     with out.open("w") as log:
-        command = [sys.executable, "-m", "kvshare", "run", str(tmp_path), sys.executable, "-c", DAEMON]
-        launcher = subprocess.Popen(command, stdout=log)
+        launcher = launch(DAEMON, stdout=log)
     daemon = _pid(out)
     launcher.terminate()
     assert launcher.wait(60) == 130
     assert not psutil.pid_exists(daemon)
 
 
-def test_exit_code_of_training_is_kept(tmp_path):
-    command = [sys.executable, "-m", "kvshare", "run", str(tmp_path), sys.executable, "-c", "raise SystemExit(7)"]
-    assert subprocess.run(command).returncode == 7
+def test_what_nohup_ignores_stays_ignored(launch, tmp_path):
+    out = tmp_path / "out"
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    with out.open("w") as log:
+        launcher = launch(DAEMON, stdout=log, preexec_fn=ignore)
+    daemon = _pid(out)
+    launcher.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        launcher.wait(3)
+    assert psutil.pid_exists(daemon)
+    launcher.terminate()
+    assert launcher.wait(60) == 130
+
+
+@pytest.mark.parametrize(("training", "code"), [("raise SystemExit(7)", 7), ("", 0)])
+def test_exit_code_is_trainings_whatever_becomes_of_the_report(launch, training, code):
+    launcher = launch(training, stderr=subprocess.PIPE)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == code
+    assert ("no report" in err) == (code == 0)  # there is no run.json
+    assert "Traceback" not in err
+
+
+def test_nothing_is_trained_when_preflight_fails(launch):
+    launcher = launch("print('trained')", preflight=2, stdout=subprocess.PIPE)
+    out, _ = launcher.communicate(timeout=60)
+    assert (launcher.returncode, out) == (2, "")
 
 
 def test_orphaned_shared_memory_is_freed(tmp_path):

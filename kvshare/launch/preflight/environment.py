@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from omegaconf import OmegaConf
 
 from kvshare.core.job import Job
 from kvshare.core.lmcache_settings import NOT_SETTINGS
+from kvshare.launch.environment import PASSED_ON
 
-NEEDED = re.compile("(LMCACHE|LMCache|VLLM|VERL|UCX|NCCL)_.+|KVSHARE_RUN_DIR|PYTHONHASHSEED")
 NOT_NEEDED = {*NOT_SETTINGS, "VLLM_NO_USAGE_STATS"} - {"LMCACHE_CONFIG_FILE"}
 FORWARDED = {"VERL_FULL_DETERMINISM", "VLLM_BATCH_INVARIANT", "VERL_RL_INSIGHT_ENABLE", "PYTHONHASHSEED", "NCCL_ALGO"}
 """By verl 0.9.1, get_ppo_ray_runtime_env."""
@@ -30,7 +29,7 @@ def cluster(job: Job) -> Iterator[str]:
         return
     job.facts["cluster"] = f"Ray at {address}"
     given = OmegaConf.select(job.config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
-    lost = [n for n in sorted(os.environ) if NEEDED.fullmatch(n) and n not in {*given, *FORWARDED, *NOT_NEEDED}]
+    lost = [n for n in sorted(os.environ) if PASSED_ON.fullmatch(n) and n not in {*given, *FORWARDED, *NOT_NEEDED}]
     if lost:
         options = " ".join(f"+ray_kwargs.ray_init.runtime_env.env_vars.{n}='{os.environ[n]}'" for n in lost)
         yield f"Ray at {address} is up already, its workers will not see {', '.join(lost)}: add {options}"

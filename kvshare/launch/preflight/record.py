@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ from kvshare.core import server_status, versions
 from kvshare.core.job import Job
 from kvshare.core.versions import installed
 
+OF_A_RUN = ("run.json", "metrics.jsonl", "events-*.jsonl", "report.*")
+
 
 def record(job: Job, folder: Path) -> None:
-    """Write ``run.json``, which the report needs, and clear what an earlier run left in the folder."""
+    """Write ``run.json``, which the report needs. What an earlier run left in the folder is moved aside, not lost."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("events-*.jsonl"):
-        old.unlink()
+    if old := [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
+        aside = folder / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir(exist_ok=True)
+        for path in old:
+            path.rename(aside / path.name)
     (folder / "run.json").write_text(json.dumps(describe(job), indent=2) + "\n")
 
 

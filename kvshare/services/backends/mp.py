@@ -45,7 +45,7 @@ def _running(job: Job) -> Iterator[str]:
 def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
     """It reads no config file: its arguments are what the launchers' says."""
     launchers = Path(__file__).resolve().parents[3] / "config" / "mp_backend_config.yaml"
-    file = os.environ.get("LMCACHE_CONFIG_FILE") or (str(launchers) if launchers.exists() else None)
+    file = lmcache_settings.path(os.environ) or (str(launchers) if launchers.exists() else None)
     settings = lmcache_settings.read(file) if file else {}
     # Not by LMCache, which takes ten seconds to import; its defaults.
     chunk_size = os.environ.get("LMCACHE_CHUNK_SIZE", settings.get("chunk_size", 256))

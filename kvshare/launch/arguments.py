@@ -1,0 +1,56 @@
+"""Hydra arguments of a run: what a launcher gives, completed with what only this machine can tell."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+DATA = ("data.train_files", "data.val_files", "actor_rollout_ref.rollout.router_config_path")
+MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
+RUNTIME_ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
+ATTENTION = "attention"
+"""Group of config/ with recipes for an attention implementation."""
+
+
+def complete(arguments: list[str], device: str, environment: Mapping[str, str]) -> list[str]:
+    """Arguments of ``verl.trainer.main_ppo`` with absolute paths, installed attention and Ray's environment.
+
+    Args:
+        arguments: as the launcher and the user give them.
+        device: cuda, npu or cpu.
+        environment: for Ray's workers.
+    """
+    own = [_absolute(argument) for argument in arguments]
+    if device == "cuda" and not has_flash_attention() and not any(_key(a) == ATTENTION for a in own):
+        own.append(f"+{ATTENTION}=sdpa")
+    given = {_key(argument) for argument in own}
+    variables = {name: f"{RUNTIME_ENV}.{name}" for name in environment}
+    return own + [f"+{key}={quote(environment[name])}" for name, key in variables.items() if key not in given]
+
+
+def has_flash_attention() -> bool:
+    """Whether verl's default attention can be had: flash-attn is on PyPI as source only, so no lock names it."""
+    return find_spec("flash_attn") is not None
+
+
+def quote(text: str) -> str:
+    """A value for Hydra, whatever characters it has (hydra.cc, "Quoted values")."""
+    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
+    return "'" + re.sub(r"\\+$", lambda found: found[0] * 2, escaped) + "'"
+
+
+def _absolute(argument: str) -> str:
+    """Ray's workers have working directories of their own, so a path must be absolute."""
+    key, _, value = argument.partition("=")
+    name, path = key.lstrip("+"), value[1:-1] if value[:1] + value[-1:] in ("''", '""') else value
+    if not path or path.startswith(("[", "null", "None")) or name not in (*DATA, *MODELS):
+        return argument
+    local = name in DATA or Path(path).expanduser().exists()  # else a name on the hub
+    return f"{key}={quote(os.path.abspath(Path(path).expanduser()) if local else path)}"
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+~")

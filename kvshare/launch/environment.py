@@ -1,0 +1,54 @@
+"""The environment that every process of a run needs, on every node."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvshare.core import lmcache_settings
+from kvshare.record.event_log import RUN_DIR
+
+PASSED_ON = re.compile("(LMCACHE|LMCache|VLLM|VERL|UCX|NCCL|KVSHARE)_.+|PYTHONHASHSEED")
+"""What the caller has set for the programs of a run. Workers of a Ray cluster that is up already inherit nothing."""
+
+VERL_PLUGIN = "kvshare.verl_plugin"
+MODULES = "VERL_USE_EXTERNAL_MODULES"
+
+DEVICE: dict[str, dict[str, str]] = {
+    "cuda": {},
+    "npu": {},
+    "cpu": {
+        "VERL_PLATFORM": "cpu",
+        "VERL_ENGINE_DEVICE": "cuda",  # verl 0.9.1 registers its FSDP engines for cuda and npu only
+        "TORCHDYNAMO_DISABLE": "1",
+        "RAY_raylet_start_wait_time_s": "300",
+        "RAY_prestart_worker_first_driver": "false",  # else one idle worker for each of the CPUs Ray is told of
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    },
+}
+
+
+def of_run(device: str, run: Path, caller: Mapping[str, str]) -> dict[str, str]:
+    """Variables for the driver, Ray's workers and the engines; those of ``caller`` that concern them among them.
+
+    Args:
+        device: cuda, npu or cpu.
+        run: folder of the run.
+        caller: the environment of who launches it.
+    """
+    config = os.path.abspath(lmcache_settings.path(caller) or "")
+    modules = [*filter(None, caller.get(MODULES, "").split(",")), VERL_PLUGIN]
+    passed = {name: value for name, value in caller.items() if PASSED_ON.fullmatch(name)}
+    return {
+        **passed,
+        "LMCache_CONFIG_FILE": config,
+        "LMCACHE_CONFIG_FILE": config,  # the name that LMCache reads
+        "PYTHONHASHSEED": "0",  # chunk hashes must agree between processes
+        MODULES: ",".join(dict.fromkeys(modules)),
+        RUN_DIR: str(run),
+        "VERL_FILE_LOGGER_PATH": str(run / "metrics.jsonl"),
+        **DEVICE[device],
+    }

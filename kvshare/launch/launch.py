@@ -1,0 +1,95 @@
+"""``kvshare launch``, which every launcher becomes: services, preflight, training, ending, report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from uuid import uuid4
+
+from kvshare.core.errors import UserError
+from kvshare.launch import arguments, environment
+from kvshare.record import report
+from kvshare.record.event_log import RUN_DIR
+from kvshare.services.backends import BACKENDS, place
+from kvshare.services.health import wait_healthy
+from kvshare.services.processes import Processes
+
+MAIN = "verl.trainer.main_ppo"
+MARK = "KVSHARE_LAUNCH"
+LOOPBACK = "127.0.0.1"
+
+
+class Launch:
+    """A training that is about to start.
+
+    Args:
+        backend: a key of BACKENDS.
+        device: cuda, npu or cpu.
+        command: ``python3 -m verl.trainer.main_ppo`` and its arguments.
+        caller: the environment of the launcher.
+
+    Raises:
+        UserError: the command is another one.
+    """
+
+    def __init__(self, backend: str, device: str, command: list[str], caller: Mapping[str, str]) -> None:
+        if MAIN not in command or "--config-dir" not in command:
+            raise UserError(f"after -- goes: python3 -m {MAIN} --config-dir … --config-name … and overrides")
+        self.backend, self.device = backend, device
+        at = command.index(MAIN) + 1
+        self._verl, self._arguments = command[:at], command[at:]
+        root = Path(command[command.index("--config-dir") + 1]).absolute().parent
+        named = caller.get(RUN_DIR) or root / "outputs" / f"{backend}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.run_dir = Path(named).absolute()
+        self._caller = caller
+
+    def prepare(self, exports: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+        """Environment and command of the training.
+
+        Args:
+            exports: where its service is, if it was started here.
+        """
+        variables = environment.of_run(self.device, self.run_dir, {**self._caller, **exports})
+        return variables, [*self._verl, *arguments.complete(self._arguments, self.device, variables)]
+
+    def dry_run(self) -> str:
+        """Lines of bash that would do the same."""
+        variables, command = self.prepare({})
+        lines = [f"export {shlex.quote(f'{name}={value}')}" for name, value in variables.items()]
+        return "\n".join([*lines, shlex.join(command)])
+
+    def run(self, services: bool) -> int:
+        """Exit code of preflight or training; everything that was started has ended.
+
+        Raises:
+            NotStarted: the service did not start.
+            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with Processes((MARK, uuid4().hex)) as processes:
+            exports = self._start_service(processes) if services else {}
+            variables, command = self.prepare(exports)
+            check = [sys.executable, "-m", "kvshare", "preflight", "--backend", self.backend, "--device", self.device]
+            check += ["--record", str(self.run_dir), "--", *command[len(self._verl) :]]
+            # In a process of its own: what it imports takes gigabytes, and would stay as long as training.
+            code = processes.start(check, None, variables).wait() or processes.start(command, None, variables).wait()
+        return code if code >= 0 else 128 - code
+
+    def _start_service(self, processes: Processes) -> dict[str, str]:
+        needs, log = BACKENDS[self.backend], self.run_dir / f"{self.backend}.log"
+        command, exports = place(needs, LOOPBACK, self.run_dir)
+        where = wait_healthy(needs.service, processes.start(command, log), lambda: needs.check(exports), log)
+        print(f"kvshare launch: {needs.service} is up at {where}; log: {log}", flush=True)
+        return exports
+
+
+def write_report(folder: Path) -> dict | None:
+    """The report of a run that has ended; None, with a line that says why, if it cannot be made."""
+    try:
+        return report.write(folder)
+    except Exception as error:  # the training was good, whatever is wrong with its record
+        print(f"kvshare launch: no report: {type(error).__name__}: {error}; kvshare report {folder}", file=sys.stderr)
+        return None
