@@ -26,7 +26,7 @@ wrapt.register_post_import_hook(_register_replica, "verl.workers.rollout.replica
 for module, hook in (
     ("verl.plugin.platform.platform_manager", "cpu_platform:register_platform"),
     ("verl.utils.distributed", "cpu_platform:patch_process_group"),
-    ("verl.utils.model", "cpu_platform:patch_critic"),
+    ("verl.utils.model", "critic_attention:patch_critic"),
     ("verl.utils.tracking", "step_metrics:patch_tracking"),
 ):
     wrapt.register_post_import_hook(f"kvshare.hooks.verl.{hook}", module)

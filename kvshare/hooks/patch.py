@@ -8,16 +8,7 @@ from typing import Any
 
 import wrapt
 
-from kvshare.core.versions import installed
-
-KNOWN = {
-    "lmcache": "0.4.4 - 0.5.6",
-    "lmcache_ascend": "0.4.4",
-    "nixl_cu12": "1.5",
-    "nixl_cu13": "1.5",
-    "vllm": "0.18 - 0.28",
-    "verl": "0.9.1",
-}
+from kvshare.core import versions
 
 
 class UpstreamChanged(RuntimeError):
@@ -33,6 +24,7 @@ def wrap(module: Any, path: str, wrapper: Callable[..., Any], *parameters: str) 
 def check(module: Any, path: str, *parameters: str) -> None:
     """Raise UpstreamChanged unless ``module.path`` is there and takes ``parameters``."""
     package = module.__name__.split(".")[0]
+    project = package.partition("_cu1")[0].replace("_", "-")  # nixl_cu12 is nixl
     try:
         target = module
         for name in path.split("."):
@@ -42,6 +34,6 @@ def check(module: Any, path: str, *parameters: str) -> None:
         missing = ["the function itself"]
     if missing:
         raise UpstreamChanged(
-            f"{module.__name__}.{path} lacks {', '.join(missing)} in {package} {installed(package)}; "
-            f"kvshare knows {package} {KNOWN[package]}: install one of those"
+            f"{module.__name__}.{path} lacks {', '.join(missing)} in {package} {versions.installed(project)}; "
+            f"kvshare knows {package} {versions.known(project)}: install one of those"
         )

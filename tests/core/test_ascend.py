@@ -62,14 +62,18 @@ def test_no_npu_smi(machine, tmp_path):
 def test_package_is_missing(machine, package):
     lines = preflight.errors(preflight.run(preflight.Job("remote", "npu", [])))
     (line,) = [line for line in lines if f"package {package} is missing" in line]
-    assert line.endswith("(requirements/npu.txt)")
-    assert ("its tag v0.4.4 from source, it is not on PyPI" in line) == (package == "lmcache-ascend")
+    built = package == "lmcache-ascend"  # it is not on PyPI
+    assert line.endswith("the command is in requirements/npu.txt" if built else "pip install -r requirements/npu.txt")
 
 
 def test_this_machine_lacks_all_of_it(monkeypatch, tmp_path):
     """One line for each thing, and nothing else is looked at."""
     monkeypatch.setattr(ascend, "DEV", tmp_path)
-    monkeypatch.setattr(versions, "FITS", {"npu": [{"no-torch-npu": "==1", "lmcache-ascend": "==0.4.4"}]})
+    monkeypatch.setattr(
+        versions,
+        "FITS",
+        {"npu": [versions.Fit("npu.txt", {"no-torch-npu": "==1", "lmcache-ascend": "==0.4.4"}, {"remote": {}})]},
+    )
     for name, value in (("PATH", ""), ("ASCEND_HOME_PATH", ""), ("ASCEND_TOOLKIT_HOME", "")):
         monkeypatch.setenv(name, value)
     starts = ["package no-torch-npu is missing", "package lmcache-ascend is missing", "CANN", "no NPU", "npu-smi"]

@@ -164,7 +164,9 @@ def test_forecast_of_a_run_on_another_machine(job, environment):
     """For GPUs, of which there are none here."""
     found = preflight.forecast(job(device="cuda"))
     assert (found.recipe.block_size, found.recipe.replicas) == (16, 2)
-    environment.setitem(versions.FITS, "cuda", [{"torch": "==1.0", "no-such-package": ">=1"}])
+    environment.setitem(
+        versions.FITS, "cuda", [versions.Fit("x.txt", {"torch": "==1.0", "no-such-package": ">=1"}, {"remote": {}})]
+    )
     with pytest.raises(UserError, match="package no-such-package is missing"):
         preflight.forecast(job(device="cuda"))
 
@@ -294,7 +296,7 @@ def test_ray_cluster_that_is_up_inherits_nothing(job, environment, tmp_path):
     environment.setenv("RAY_TMPDIR", str(tmp_path))
     environment.setenv("LMCACHE_CHUNK_SIZE", "256")
     forwarded = "+ray_kwargs.ray_init.runtime_env.env_vars"
-    given = [f"{forwarded}.{name}=x" for name in os.environ if environment_check.NEEDED.fullmatch(name)]
+    given = [f"{forwarded}.{name}=x" for name in os.environ if environment_check.PASSED_ON.fullmatch(name)]
     given.remove(f"{forwarded}.LMCACHE_CHUNK_SIZE=x")
     assert errors(job(*given)) == [
         "Ray at 10.0.0.1:6379 is up already, its workers will not see LMCACHE_CHUNK_SIZE: "
@@ -316,13 +318,34 @@ def test_compiled_code_that_does_not_load(job):
     """It is CUDA's, and this torch is not."""
     (line,) = packages.compiled(job(device="cuda"))
     assert line.startswith("lmcache.cuda_ops, LMCache's CUDA code, does not load with torch 2.13.0+cpu (lib")
-    assert line.endswith("install the lmcache of requirements/gpu.txt, or build it with this torch")
+    assert line.endswith("or build it with the command in requirements/gpu-verl.txt")
+
+
+def test_flash_attention_is_wanted_but_not_installed(job, environment):
+    sdpa = _composed(job, "cuda", "trainer.total_epochs=1")
+    assert list(packages.attention(sdpa)) == []
+    assert sdpa.facts["attention"].startswith("sdpa, flash-attn is not installed")
+    for override in ("actor_rollout_ref.model.use_remove_padding=true", "~critic.model.override_config"):
+        (line,) = packages.attention(_composed(job, "cuda", override))
+        assert line.endswith("add +attention=sdpa, or pip install flash-attn --no-build-isolation")
+    environment.setattr(packages, "has_flash_attention", lambda: True)
+    assert list(packages.attention(_composed(job, "cuda", "~critic.model.override_config"))) == []
+
+
+def test_bucket_is_too_small_for_the_embedding(job):
+    """verl: "Weight … is too large to fit in the bucket", at the first update."""
+    key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+    (line,) = errors(job(f"{key}=0"))
+    assert line == f"{key} is 0, model.embed_tokens.weight of the model has 1 MB: set it to 1 or more"
+    assert errors(job(f"{key}=1")) == []
 
 
 def test_compiled_code_that_is_not_there(job, environment):
     environment.setattr(packages, "CUDA_CODE", ("lmcache.no_such_ops",))
     (line,) = packages.compiled(job(device="cuda"))
-    assert line.startswith("LMCache was built without its CUDA code, it would copy KV slowly: install the lmcache of")
+    assert line.startswith(
+        "LMCache was built without its CUDA code, it would copy KV slowly: pip install -r requirements/gpu.txt"
+    )
 
 
 def test_graphs_are_off(job):
@@ -377,10 +400,13 @@ def _composed(job, device, *overrides):
 
 
 def test_package_missing_and_of_a_wrong_version(monkeypatch):
-    monkeypatch.setattr(versions, "FITS", {"cpu": [{"torch": "==1.0", "no-such-package": ">=1"}]})
-    wrong, missing = versions.problems("cpu")
-    assert wrong.startswith("package torch 2.13.0+cpu does not fit the others, torch==1.0 does: install 'torch==1.0'")
-    assert missing.startswith("package no-such-package is missing: install 'no-such-package>=1'")
+    fits = [versions.Fit("x.txt", {"torch": "==1.0", "no-such-package": ">=1"}, {"remote": {}})]
+    monkeypatch.setattr(versions, "FITS", {"cpu": fits})
+    wrong, missing = versions.problems("cpu", "remote")
+    assert wrong.startswith(
+        "package torch 2.13.0+cpu does not fit the others, torch==1.0 does: pip install -r requirements/x.txt"
+    )
+    assert missing.startswith("package no-such-package is missing: pip install -r requirements/x.txt")
 
 
 def test_lmcaches_own_definitions_know_our_configs():

@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kvshare.core import lmcache_settings, policy
+from kvshare.core import lmcache_settings, policy, versions
 from kvshare.hooks.lmcache.keys import engine
-from kvshare.hooks.patch import UpstreamChanged, installed, wrap
+from kvshare.hooks.patch import UpstreamChanged, wrap
 
 EXTRA = "lmcache.mp."
 ADDRESS = (f"{EXTRA}server_urls", f"{EXTRA}host", f"{EXTRA}port")
@@ -32,7 +32,7 @@ def check_vllms(module: Any) -> None:
     """vLLM's module of that name hands on LMCache's class; an older one may have a copy of its own."""
     if not module.LMCacheMPConnector.__module__.startswith("lmcache."):
         raise UpstreamChanged(
-            f"vllm {installed('vllm')} has an LMCacheMPConnector of its own, which kvshare does not know: add "
+            f"vllm {versions.installed('vllm')} has an LMCacheMPConnector of its own, which kvshare does not know: add "
             '"kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector" to kv_transfer_config'
         )
 

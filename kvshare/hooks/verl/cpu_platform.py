@@ -36,27 +36,6 @@ def _one_backend(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     return call(*args, **kwargs)
 
 
-def patch_critic(module: Any) -> None:
-    """verl loads the critic with FlashAttention whatever the config says; CPU has none."""
-    if is_cpu():
-        wrap(module, "load_valuehead_model", _critic, "local_path", "torch_dtype", "model_config", "trust_remote_code")
-
-
-def _critic(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    def load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
-        from transformers import AutoModelForTokenClassification
-
-        return AutoModelForTokenClassification.from_pretrained(
-            local_path,
-            torch_dtype=torch_dtype,
-            config=model_config,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-        )
-
-    return load(*args, **kwargs)
-
-
 def _device_module() -> types.ModuleType:
     """torch.cpu with the members verl expects of torch.<accelerator>."""
     import torch

@@ -28,8 +28,8 @@ STAGES: tuple[tuple[Check, ...], ...] = (
     (recipe.config,),
     (lmcache.settings,),
     (
-        *(packages.compiled, packages.plugins, environment.environment, environment.cluster),
-        *(recipe.devices, recipe.model, recipe.data, recipe.estimator),
+        *(packages.compiled, packages.attention, packages.plugins, environment.environment, environment.cluster),
+        *(recipe.devices, recipe.model, recipe.bucket, recipe.data, recipe.estimator),
         *(recipe.connector, recipe.router, service.service),
     ),
 )
@@ -60,7 +60,7 @@ def forecast(job: Job) -> Forecast:
     Raises:
         UserError: what it needs is wrong.
     """
-    if wrong := versions.missing(job.device):
+    if wrong := versions.missing(job.device, job.backend):
         raise UserError("; ".join(wrong))
     for stage in ((recipe.config,), (lmcache.settings,), (recipe.model, recipe.data)):
         if wrong := errors([finding for check in stage for finding in _run(check, job, "error")]):

@@ -11,13 +11,14 @@ from importlib.util import find_spec
 from kvshare.core import ascend, versions
 from kvshare.core.job import Job, one_line
 from kvshare.core.versions import installed
+from kvshare.launch.arguments import has_flash_attention
 
 CUDA_CODE = ("lmcache.cuda_ops", "lmcache.c_ops")
 """From LMCache 0.5.4 on, and before."""
 
 
 def packages(job: Job) -> Iterator[str]:
-    yield from versions.problems(job.device)
+    yield from versions.problems(job.device, job.backend)
     if job.device == "npu":
         yield from ascend.missing()
     if find_spec("torchvision") and job.device == "cpu":
@@ -32,7 +33,7 @@ def compiled(job: Job) -> Iterator[str]:
     import torch
 
     found = next((name for name in CUDA_CODE if find_spec(name)), None)
-    fix = f"install the lmcache of {versions.requirements(job.device)}, or build it with this torch"
+    fix = "pip install -r requirements/gpu.txt, or build it with the command in requirements/gpu-verl.txt"
     if found is None:
         yield f"LMCache was built without its CUDA code, it would copy KV slowly: {fix}"
         return
@@ -40,6 +41,24 @@ def compiled(job: Job) -> Iterator[str]:
         import_module(found)
     except ImportError as error:
         yield f"{found}, LMCache's CUDA code, does not load with torch {torch.__version__} ({one_line(error)}): {fix}"
+
+
+def attention(job: Job) -> Iterator[str]:
+    """verl's default needs flash-attn, which PyPI has as source only."""
+    if job.device != "cuda":
+        return
+    found = has_flash_attention()
+    for part in (job.config.actor_rollout_ref.model, job.config.critic.model):
+        wanted = part.override_config.get("attn_implementation", "flash_attention_2")
+        job.facts["attention"] = (
+            wanted if found else f"{wanted}, flash-attn is not installed (config/attention/sdpa.yaml)"
+        )
+        if not found and (wanted.startswith("flash_attention") or part.use_remove_padding):
+            yield (
+                f"flash-attn is not installed, but the recipe has attention {wanted} and use_remove_padding "
+                f"{part.use_remove_padding}: add +attention=sdpa, or pip install flash-attn --no-build-isolation"
+            )
+            return
 
 
 def plugins(job: Job) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from kvshare.core import ascend
 from kvshare.core.job import Job, one_line
 
 MP_CONNECTOR = "LMCacheMPConnector"
+FP32 = 4  # bytes; verl sends what the optimizer holds
 
 ESTIMATORS = {
     *("gae", "grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "remax", "rloo", "rloo_vectorized"),
@@ -81,6 +83,25 @@ def model(job: Job) -> Iterator[str]:
         HfApi().model_info(model, timeout=10)
     except Exception as error:
         yield f"model {model} is not in the local cache and the hub does not give it ({one_line(error)}): {fix}"
+
+
+def bucket(job: Job) -> Iterator[str]:
+    """verl sends weights in buckets of shared memory, where a weight that is larger ends the first update."""
+    if job.device != "cpu" or not Path(job.config.actor_rollout_ref.model.path).is_dir():
+        return  # with CUDA IPC verl sends a large weight alone
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = job.config.actor_rollout_ref.model
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):  # shapes without memory
+        weights = AutoModelForCausalLM.from_config(config).named_parameters()
+    name, largest = max(weights, key=lambda weight: weight[1].numel())
+    needed = math.ceil(largest.numel() * FP32 / 2**20)
+    size = job.rollout.checkpoint_engine.update_weights_bucket_megabytes
+    if needed > size:
+        key = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+        yield f"{key} is {size}, {name} of the model has {needed} MB: set it to {needed} or more"
 
 
 def data(job: Job) -> Iterator[str]:

@@ -9,24 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from packaging.specifiers import SpecifierSet
 
 from kvshare.core import lmcache_settings
 from kvshare.core.errors import UserError
 from kvshare.core.job import Job
-from kvshare.core.versions import installed
 from kvshare.services import health
 from kvshare.services.backends.backend import Backend, Exports, Ports
-
-SAFE = SpecifierSet(">=0.5.6")
-"""Before, what the server could not give was reported to vLLM as loaded (LMCacheMPWorkerAdapter.get_finished)."""
 
 
 def _settings(job: Job, path: str | None) -> Iterator[str]:
     if not str(job.lmcache.remote_url).startswith("tcp://"):
         yield f"{path}: remote_url is {job.lmcache.remote_url}, the mp backend needs tcp://HOST:PORT of lmcache server"
-    if not SAFE.contains(found := installed("lmcache"), prereleases=True):
-        yield f"package lmcache {found} takes a failed load for a good one in the mp backend: install 'lmcache{SAFE}'"
     if job.device == "npu":
         yield "the mp backend does not run on Ascend: LMCache-Ascend 0.4.4's server is not implemented: use another"
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
-from kvshare.core import ascend, versions
+from kvshare.core import ascend
 from kvshare.core import ports as host_ports
 from kvshare.core.job import Job
 from kvshare.core.p2p_identity import LOOPBACK, PORT_LISTS, TooFewPorts, check_ports
@@ -22,8 +21,6 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
         yield f"{path}: the p2p backend needs enable_p2p: true and enable_controller: true"
     if job.device != "npu" and not job.lmcache.enable_async_loading:
         yield f"{path}: without enable_async_loading: true LMCache never asks the other replicas: set it"
-    if channel == "nixl" and not find_spec("nixl"):
-        yield f"package nixl, the P2P transport, is missing: pip install nixl ({versions.requirements(job.device)})"
     if job.device == "npu" and channel not in ascend.TRANSFER_CHANNELS:
         known = " or ".join(ascend.TRANSFER_CHANNELS)
         yield f"transfer_channel {channel} is not one LMCache-Ascend knows: set it to {known}"

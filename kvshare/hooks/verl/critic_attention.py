@@ -1,0 +1,29 @@
+"""The critic's attention: verl 0.9.1 loads it with flash_attention_2, whatever its config says."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from kvshare.hooks.patch import wrap
+
+
+def patch_critic(module: Any) -> None:
+    """Where flash-attn is not installed, the critic gets PyTorch's. On Ascend transformers has its own."""
+    if not any(map(find_spec, ("flash_attn", "torch_npu"))):
+        wrap(module, "load_valuehead_model", _load, "local_path", "torch_dtype", "model_config", "trust_remote_code")
+
+
+def _load(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
+    def load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+        from transformers import AutoModelForTokenClassification
+
+        return AutoModelForTokenClassification.from_pretrained(
+            local_path,
+            torch_dtype=torch_dtype,
+            config=model_config,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+        )
+
+    return load(*args, **kwargs)
