@@ -14,7 +14,7 @@ KNOWN = {
     "lmcache_ascend": "0.4.4",
     "nixl_cu12": "1.5",
     "nixl_cu13": "1.5",
-    "vllm": "0.18 - 0.28",
+    "vllm": "0.18 - 0.31",
     "verl": "0.9.1",
 }
 

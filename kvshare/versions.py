@@ -16,7 +16,7 @@ MAIN = ("verl", "vllm", "lmcache", "torch", "ray")
 
 FITS: dict[str, list[Row]] = {
     "cpu": [
-        {"torch": "==2.13.*", "vllm": "==0.28.*", "lmcache": "==0.5.6", "transformers": ">=5.10.4,<5.11", **VERL},
+        {"torch": "==2.13.*", "vllm": "==0.31.*", "lmcache": "==0.5.6", "transformers": ">=5.10.4,<5.11", **VERL},
     ],
     "cuda": [
         # verl 0.9.1's own pins. LMCache's wheels from 0.5.4 do not load their CUDA code with torch 2.11, as preflight
