@@ -108,13 +108,15 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/shellcheck *.sh .ci/run
 
-# The lock, after a change of cpu.in; what is left out is CUDA's, or does not load with torch's CPU build.
+# The lock, after a change of cpu.in, which alone says what to upgrade; what is left out is CUDA's, or does not load with
+# torch's CPU build.
 LEFT_OUT := torchvision torchaudio torchcodec cupy-cuda13x cuda-python cuda-core cuda-bindings cuda-pathfinder \
   cufile-python nvtx nixl-cu13
 lock:
-	{ grep '^#\|^\./' requirements/cpu.txt; uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
-	  $(addprefix --no-emit-package ,$(LEFT_OUT)) requirements/cpu.in | grep -v '^#'; } > cpu.lock
-	mv cpu.lock requirements/cpu.txt
+	grep '^[^#.]' requirements/cpu.txt > cpu.lock
+	uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
+	  $(addprefix --no-emit-package ,$(LEFT_OUT)) requirements/cpu.in -o cpu.lock
+	{ grep '^#\|^\./' requirements/cpu.txt; grep -v '^#' cpu.lock; } > cpu.txt && mv cpu.txt requirements/ && rm cpu.lock
 
 clean:
 	rm -rf .venv $(NPU) outputs

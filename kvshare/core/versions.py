@@ -49,7 +49,7 @@ FITS: dict[str, list[Fit]] = {
     "cpu": [
         Fit(
             "cpu.txt",
-            {"torch": "==2.13.*", "vllm": "==0.28.*", "lmcache": "==0.5.6", "transformers": "==5.10.*", **TRAINER},
+            {"torch": "==2.13.*", "vllm": "==0.31.*", "lmcache": "==0.5.6", "transformers": "==5.10.*", **TRAINER},
             {"remote": {}, "p2p": NIXL, "mp": {}},
         ),
     ],

@@ -1,5 +1,6 @@
 """The multi-process connector's bookkeeping: LMCache's and vLLM's real classes, no process."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -142,9 +143,26 @@ def test_what_has_arrived(future, healthy, outcome):
     assert (seen, ended) == (outcome, bool(outcome))
 
 
-def test_closed_connection_is_a_dead_server():
-    import threading
+def test_vllm_asks_what_has_arrived(engine):
+    """By get_transfer_results() since vLLM 0.30; LMCache answers that with get_finished()."""
+    from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
+    from lmcache.integration.vllm.vllm_multi_process_adapter import LMCacheMPWorkerAdapter
 
+    seen = []
+    adapter = object.__new__(LMCacheMPWorkerAdapter)
+    adapter.dispatcher, adapter.store_futures, adapter.retrieve_futures = None, {}, {}
+    adapter._dropped_retrieves, adapter._health_event = set(), threading.Event()
+    adapter.finished_stores, adapter.previously_finished, adapter._returned_finished = set(), set(), set()
+    adapter._health_event.set()
+    adapter.kvshare_transfers = [lmcache_mp_transfers.Transfer(Future(True), seen.append)]
+    connector = object.__new__(LMCacheMPConnector)
+    connector.worker_adapter, connector.lazy_offload, connector._can_store = adapter, False, True
+    connector._report_request_errors = False
+    connector.get_transfer_results(set())
+    assert (seen, adapter.kvshare_transfers) == ([True], [])
+
+
+def test_closed_connection_is_a_dead_server():
     health = threading.Event()
     health.set()
     queue = SimpleNamespace(kvshare_health=health)

@@ -26,9 +26,11 @@ def test_every_hook_wraps_its_functions(wraps):
 
 
 USED = {
-    "vllm.v1.core.sched.scheduler:Scheduler": "kv_cache_manager requests connector reset_connector_cache",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager": "enable_caching block_pool reset_prefix_cache evict_blocks",
-    "vllm.v1.core.block_pool:BlockPool": "num_gpu_blocks",
+    "vllm.v1.core.sched.scheduler:Scheduler": "kv_cache_manager requests connector",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": "enable_caching coordinator reset_prefix_cache",
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "block_pool",
+    "vllm.v1.core.block_pool:BlockPool": "num_gpu_blocks evict_blocks",
     "vllm.v1.request:Request": (
         "block_hashes update_block_hashes cache_salt sampling_params arrival_time lora_request request_id"
     ),

@@ -1,7 +1,7 @@
 """Makes ``reset_cache()`` of LMCache's in-process vLLM connector real.
 
 ``LMCacheConnectorV1`` has none: vLLM's ``reset_prefix_cache(reset_connector=True)``, which verl calls
-after each weight update, does nothing and reports success (vLLM 0.28.0, LMCache 0.5.6).
+after each weight update, does nothing and reports success (vLLM 0.31.0, LMCache 0.5.6).
 
 Scheduler process: a reset starts a new policy (``keys``). Worker process: what the local
 tiers hold cannot be found any longer and is given back, behind the engine's back.
