@@ -154,7 +154,7 @@ def test_vllm_asks_what_has_arrived(engine):
     adapter._dropped_retrieves, adapter._health_event = set(), threading.Event()
     adapter.finished_stores, adapter.previously_finished, adapter._returned_finished = set(), set(), set()
     adapter._health_event.set()
-    adapter.kvshare_transfers = [lmcache_mp_transfers.Transfer(Future(True), seen.append)]
+    adapter.kvshare_transfers = [mp_transfers.Transfer(Future(True), seen.append)]
     connector = object.__new__(LMCacheMPConnector)
     connector.worker_adapter, connector.lazy_offload, connector._can_store = adapter, False, True
     connector._report_request_errors = False

@@ -47,9 +47,11 @@ def attention(job: Job) -> Iterator[str]:
     """verl's default needs flash-attn, which PyPI has as source only."""
     if job.device != "cuda":
         return
+    from omegaconf import OmegaConf
+
     found = has_flash_attention()
     for part in (job.config.actor_rollout_ref.model, job.config.critic.model):
-        wanted = part.override_config.get("attn_implementation", "flash_attention_2")
+        wanted = OmegaConf.select(part, "override_config.attn_implementation", default="flash_attention_2")
         job.facts["attention"] = (
             wanted if found else f"{wanted}, flash-attn is not installed (config/attention/sdpa.yaml)"
         )
