@@ -5,7 +5,7 @@ It costs nothing where LMCache is not used: each hook runs when the module it me
 
 from __future__ import annotations
 
-import wrapt
+from kvshare.hooks.imports import when_imported
 
 
 def register() -> None:
@@ -14,10 +14,10 @@ def register() -> None:
         return
     register.done = True  # type: ignore[attr-defined]
     for module, hook in _HOOKS:
-        wrapt.register_post_import_hook(f"kvshare.hooks.{hook}", module)
+        when_imported(module, hook)
 
 
-# Module to wait for, and what to call with it, in kvshare.hooks: as a string, so that wrapt imports it only then.
+# Module to wait for, and what to call with it, in kvshare.hooks.
 _HOOKS = (
     ("lmcache.v1.token_database", "lmcache.keys:patch_token_database"),
     # Before keys, whose wrap of the same function is then around it: also what is not looked up has a policy.

@@ -16,9 +16,9 @@ from unittest import mock
 
 import pytest
 import torch
-import wrapt
 
 from kvshare import vllm_plugin
+from kvshare.hooks.patch import PATCHES
 
 VLLM_ASCEND = Path(sys.prefix) / "vllm-ascend"
 NOT_ON_ASCEND = "lmcache.mp_"  # the multi-process server: docs/backends.md
@@ -26,7 +26,7 @@ os.environ["PYTHONHASHSEED"] = "0"
 
 
 @pytest.fixture(scope="session")
-def lmcache_ascend() -> Path:
+def lmcache_ascend(tmp_path_factory) -> Path:
     """Source of LMCache-Ascend's package."""
     checkout = os.environ.get("LMCACHE_ASCEND")
     if not checkout:
@@ -34,6 +34,10 @@ def lmcache_ascend() -> Path:
     source = Path(checkout).resolve() / "lmcache_ascend"
     package = types.ModuleType("lmcache_ascend")
     package.__path__ = [str(source)]
+    metadata = tmp_path_factory.mktemp("metadata") / "lmcache_ascend-0.4.4.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: lmcache-ascend\nVersion: 0.4.4\n")
+    sys.path.append(str(metadata.parent.parent))
     build = types.ModuleType("lmcache_ascend._build_info")
     build.__framework_name__ = "pytorch"
     package._build_info = build
@@ -44,21 +48,13 @@ def lmcache_ascend() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def wraps(request) -> list[tuple[types.ModuleType, str]]:
-    """Every (module, path) that kvshare wraps in the real modules, wrapped through its vLLM plugin."""
+    """Every (module, path) that kvshare wraps or replaces in the real modules, through its vLLM plugin."""
     if os.environ.get("LMCACHE_ASCEND"):
         request.getfixturevalue("lmcache_ascend")
-    done = []
-    really_wrap = wrapt.wrap_function_wrapper
-
-    def wrap(module, path, wrapper):
-        done.append((module, path))
-        return really_wrap(module, path, wrapper)
-
-    with mock.patch.object(wrapt, "wrap_function_wrapper", wrap):
-        vllm_plugin.register()
-        for name in hooked():
-            importlib.import_module(name)
-    return done
+    vllm_plugin.register()
+    for name in hooked():
+        importlib.import_module(name)
+    return [(patch.module, patch.path) for patch in PATCHES]
 
 
 def hooked() -> list[str]:

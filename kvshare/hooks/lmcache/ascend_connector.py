@@ -10,11 +10,12 @@ import inspect
 from typing import Any
 
 from kvshare.core.ascend import CONNECTOR
-from kvshare.hooks.patch import check
+from kvshare.hooks import check
+from kvshare.hooks.patch import replace
 
 
 def patch_connector(module: Any) -> None:
-    check(module, CONNECTOR, "vllm_config", "role")
+    check.parameters(module, CONNECTOR, "vllm_config", "role")
     connector = getattr(module, CONNECTOR)
     if "kv_cache_config" in inspect.signature(connector).parameters:
         return
@@ -22,4 +23,4 @@ def patch_connector(module: Any) -> None:
     def init(self: Any, vllm_config: Any, role: Any, kv_cache_config: Any = None) -> None:
         super(connector, self).__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
 
-    connector.__init__ = init
+    replace(module, f"{CONNECTOR}.__init__", init, {"38c9e3c6f3f1": "0.4.4"})

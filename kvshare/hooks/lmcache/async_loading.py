@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, wrap
 
 
 def patch_cache_engine(module: Any) -> None:
     wrap(module, "LMCacheEngine._async_process_tokens_internal", _take, "tokens", "mask", "ret_mask")
 
 
+@optional("A lookup of LMCache that times out may end the engine")
 def patch_lookup_client(module: Any) -> None:
     wrap(module, "LMCacheAsyncLookupClient.lookup_cache", _lookup_cache, "lookup_id")
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, wrap
 
 
+@optional("LMCache shares nothing on CPU")
 def patch_gpu_connector(module: Any) -> None:
     wrap(module, "CreateGPUConnector", _create, "config", "metadata", "engine")
 

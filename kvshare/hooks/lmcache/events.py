@@ -21,18 +21,22 @@ from typing import Any
 
 from kvshare.core import policy
 from kvshare.hooks.lmcache.p2p_controller import when_known
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, wrap
 from kvshare.record import worker_events
 
 logger = logging.getLogger(__name__)
 
+UNSEEN = "What LMCache stores and loads is not seen, and the report says that it is degraded"
 
+
+@optional(UNSEEN)
 def patch_cache_engine(module: Any) -> None:
-    wrap(module, "LMCacheEngine.post_init", _post_init)
+    wrap(module, "LMCacheEngine.post_init", _post_init, "self")
     wrap(module, "LMCacheEngine.store", _store, "tokens", "mask")
     wrap(module, "LMCacheEngine.retrieve", _retrieve, "tokens", "mask")
 
 
+@optional(UNSEEN)
 def patch_ascend_engine(module: Any) -> None:
     """LMCache-Ascend's engine replaces LMCache's store() and retrieve(), its store() also on a thread of its own."""
     path = "AscendLMCacheEngine._run_store_pipeline"
@@ -43,6 +47,7 @@ def patch_ascend_engine(module: Any) -> None:
 _PIPELINE = ("req_id", "tokens", "hashes", "offsets", "mask", "num_to_store_tokens", "kwargs")
 
 
+@optional(UNSEEN)
 def patch_remote_backend(module: Any) -> None:
     path = "RemoteBackend.batched_submit_put_task"
     wrap(module, path, _submit_put, "keys", "memory_objs", "transfer_spec", "on_complete_callback")

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from kvshare.core import policy
+from kvshare.hooks import check
 from kvshare.hooks.lmcache import model_files
 from kvshare.hooks.patch import wrap
 
@@ -73,6 +74,7 @@ def _make_key(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
 
 def patch_adapter(module: Any) -> None:
     """Requests: give each one a policy, and keep those in flight across a reset to themselves."""
+    check.version("vllm")
     wrap(module, "extract_request_configs", _with_policy, "sampling_params")
     wrap(module, "LMCacheConnectorV1Impl.__init__", _init, "vllm_config", "role", "parent")
     wrap(module, "LMCacheConnectorV1Impl.get_num_new_matched_tokens", _stamp, "request")

@@ -11,7 +11,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvshare.hooks.lmcache import events
-from kvshare.hooks.patch import check
+from kvshare.hooks.patch import optional, replace
 
 
 class Loads(KVConnectorStats):
@@ -41,14 +41,16 @@ class LoadMetrics(KVConnectorPromMetrics):
         self._loaded[engine_idx].inc(transfer_stats_data["loaded"])
 
 
+@optional("kvshare:loaded_tokens_total is not among vLLM's metrics")
 def patch_connector(module: Any) -> None:
-    """vLLM's ``LMCacheConnectorV1`` has no statistics of its own."""
-    for name in ("get_kv_connector_stats", "build_kv_connector_stats", "build_prom_metrics"):
-        check(module, f"LMCacheConnectorV1.{name}")
-    connector = module.LMCacheConnectorV1
-    connector.get_kv_connector_stats = _take
-    connector.build_kv_connector_stats = classmethod(lambda cls, data=None: Loads(data or {}))
-    connector.build_prom_metrics = classmethod(lambda cls, *args: LoadMetrics(*args))
+    """vLLM's ``LMCacheConnectorV1`` has no statistics of its own: these are inherited, and return None."""
+    known = "0.23.0, 0.24.0, 0.31.0"
+    for name, function, digest in (
+        ("get_kv_connector_stats", _take, "d23c80328555"),
+        ("build_kv_connector_stats", classmethod(lambda cls, data=None: Loads(data or {})), "2eb4ec762ed4"),
+        ("build_prom_metrics", classmethod(lambda cls, *args: LoadMetrics(*args)), "e2cba1b2de67"),
+    ):
+        replace(module, f"LMCacheConnectorV1.{name}", function, {digest: known})
 
 
 def _take(connector: Any) -> Loads | None:

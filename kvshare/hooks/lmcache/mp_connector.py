@@ -16,16 +16,18 @@ import os
 from typing import Any
 
 from kvshare.core import lmcache_settings, policy, versions
+from kvshare.hooks import check
 from kvshare.hooks.lmcache.keys import engine
-from kvshare.hooks.patch import UpstreamChanged, wrap
+from kvshare.hooks.patch import UpstreamChanged, replace, wrap
 
 EXTRA = "lmcache.mp."
 ADDRESS = (f"{EXTRA}server_urls", f"{EXTRA}host", f"{EXTRA}port")
 
 
 def patch_connector(module: Any) -> None:
+    check.version("vllm")
     wrap(module, "LMCacheMPConnector.__init__", _init, "vllm_config", "role")
-    wrap(module, "LMCacheMPConnector.reset_cache", _reset_cache)
+    replace(module, "LMCacheMPConnector.reset_cache", _reset_cache, {"3badf0b5db38": "0.5.6"})
 
 
 def check_vllms(module: Any) -> None:
@@ -81,7 +83,7 @@ def _stamp(tracker: Any, name: str) -> None:
     tracker.cache_salt = policy.salt(name, tracker.cache_salt)
 
 
-def _reset_cache(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> bool:
+def _reset_cache(connector: Any) -> bool:
     """Start a new policy for this engine; requests under way go on, and what they store from here is theirs alone."""
     engine.reset()
     for tracker in getattr(connector, "request_trackers", {}).values():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvshare.core import lmcache_settings, policy
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, wrap
 from kvshare.record import worker_events
 from kvshare.routing.prefixes import chunk_digests
 
@@ -28,6 +28,7 @@ WORKER, SCHEDULER = "LMCacheMPWorkerAdapter", "LMCacheMPSchedulerAdapter"
 SUBMIT = ("request_id", "op", "event", "cache_salt", "request_configs")
 
 
+@optional("What goes to LMCache's server is not seen, and a server that is gone is waited for")
 def patch_adapter(module: Any) -> None:
     wrap(module, "get_lmcache_chunk_size", _chunk_size, "req_client", "timeout")
     wrap(module, f"{WORKER}.__init__", _watch_worker, "server_url")
@@ -36,13 +37,14 @@ def patch_adapter(module: Any) -> None:
     wrap(module, f"{WORKER}._send_register_kv_caches_request", _register, "kv_caches")
     wrap(module, f"{WORKER}.submit_store_request", _store, *SUBMIT)
     wrap(module, f"{WORKER}.submit_retrieve_request", _retrieve, *SUBMIT)
-    wrap(module, f"{WORKER}.get_finished", _poll)
-    wrap(module, f"{WORKER}.get_finished_with_lazy_offload", _poll)
+    wrap(module, f"{WORKER}.get_finished", _poll, "finished_req_ids_from_engine")
+    wrap(module, f"{WORKER}.get_finished_with_lazy_offload", _poll, "self")
 
 
+@optional("That LMCache's server is gone is noticed with the next heartbeat only")
 def patch_queue(module: Any) -> None:
     """LMCache calls this when a connection closes, for the sake of its event streams."""
-    wrap(module, "MessageQueueClient.cancel_streams", _disconnected)
+    wrap(module, "MessageQueueClient.cancel_streams", _disconnected, "self")
 
 
 # -- a server that is gone --------------------------------------------------------------------

@@ -18,17 +18,19 @@ from typing import Any
 
 import zmq
 
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, replace
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 2.0  # seconds
 
 
+@optional("P2P lookups may stall, and a controller that was restarted is not told what there is")
 def patch_worker(module: Any) -> None:
-    wrap(module, "LMCacheWorker.register", _register)
-    wrap(module, "LMCacheWorker.heartbeat", _heartbeat)
-    wrap(module, "LMCacheWorker.async_put_and_wait_msg", _ask, "msg")
+    known = "0.4.4, 0.5.3, 0.5.6"
+    replace(module, "LMCacheWorker.register", _register, {"7d6bf2d87f2e": known})
+    replace(module, "LMCacheWorker.heartbeat", _heartbeat, {"236370406922": known})
+    replace(module, "LMCacheWorker.async_put_and_wait_msg", _ask, {"be80d53aa885": known})
 
 
 class Link:
@@ -76,13 +78,13 @@ def link(worker: Any) -> Link:
     return worker._kvshare_link
 
 
-async def _register(wrapped: Any, worker: Any, args: tuple, kwargs: dict) -> None:
+async def _register(worker: Any) -> None:
     """The first heartbeat does it. LMCache starts this coroutine before its worker is whole."""
     while not hasattr(worker, "msg_queue"):
         await asyncio.sleep(0.01)
 
 
-async def _heartbeat(wrapped: Any, worker: Any, args: tuple, kwargs: dict) -> None:
+async def _heartbeat(worker: Any) -> None:
     from lmcache.v1.cache_controller.message import HeartbeatMsg
 
     connection, said = link(worker), False
@@ -124,16 +126,15 @@ def _tell_all(worker: Any) -> None:
             backend.batched_msg_sender.add_kv_op(OpType.ADMIT, key.chunk_hash)
 
 
-async def _ask(wrapped: Any, worker: Any, args: tuple, kwargs: dict) -> Any:
-    message = args[0] if args else kwargs["msg"]
+async def _ask(worker: Any, msg: Any) -> Any:
     if not link(worker).up:
-        return worker._on_request_failure(message)
+        return worker._on_request_failure(msg)
     try:
-        return await link(worker).ask(message)
+        return await link(worker).ask(msg)
     except zmq.ZMQError as error:
         logger.error("lmcache_controller did not answer: %s", error)
         link(worker).up = False  # until the next heartbeat that is answered
-        return worker._on_request_failure(message)
+        return worker._on_request_failure(msg)
 
 
 def when_known(engine: Any, key: Any, then: Callable[[], None]) -> None:

@@ -23,7 +23,8 @@ from typing import Any
 
 import wrapt
 
-from kvshare.hooks.patch import wrap
+from kvshare.hooks import check
+from kvshare.hooks.patch import optional, put, replace, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -39,15 +40,19 @@ def patch_backend(module: Any) -> None:
     wrap(module, "P2PBackend._ensure_peer_connection", _connect, "target_peer_init_url", "force_update")
     wrap(module, "P2PBackend.batched_async_contains", _contains, "lookup_id", "keys", "pin")
     wrap(module, "P2PBackend.batched_get_non_blocking", _get, "lookup_id", "keys", "transfer_spec")
-    wrap(module, "P2PBackend._cleanup_memory_objects", _keep, "mem_objs")
+    replace(module, "P2PBackend._cleanup_memory_objects", _keep, {"bb84349edf3b": "0.4.4, 0.5.3, 0.5.6"})
 
 
+@optional("NIXL's thread takes a core of each worker")
 def patch_nixl(module: Any) -> None:
     try:
-        from nixl._api import nixlBind
+        from nixl import _api
     except ImportError:
         return  # LMCache says so
-    wrap(nixlBind, "nixlAgent", _agent)
+    # nixlAgent is compiled: it is known by the function that calls it.
+    known = {"bf0513d85ff3": "1.5.1"}
+    check.source(_api, "nixl_agent.__init__", known)
+    put(_api.nixlBind, "nixlAgent", wrapt.FunctionWrapper(_api.nixlBind.nixlAgent, _agent), known)
 
 
 class SetAside(Exception):
@@ -186,12 +191,11 @@ async def _get(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> list[An
     return await get(*args, **kwargs)
 
 
-def _keep(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> None:
+def _keep(backend: Any, mem_objs: list[Any]) -> None:
     """Never give back memory that a replica was asked to write into, and may still write into.
 
     It is lost; a replica that does not answer is not asked again for a while, so that is rare.
     """
-    objects = args[0] if args else kwargs["mem_objs"]
-    backend._kvshare_peers.aside += objects
-    lost = sum(memory.get_size() for memory in objects)
+    backend._kvshare_peers.aside += mem_objs
+    lost = sum(memory.get_size() for memory in mem_objs)
     raise SetAside(f"{lost / 2**20:.1f} MiB of LMCache's memory are set aside, where it may still write")

@@ -26,7 +26,7 @@ from typing import Any
 import xxhash
 
 from kvshare.core.lm_protocol import HEALTH_REQUEST
-from kvshare.hooks.patch import check
+from kvshare.hooks.patch import replace
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ PROBE_EVERY = 1.0  # seconds
 
 def patch_lm_connector(module: Any) -> None:
     """LMCache looks the class up each time it makes one."""
-    check(module, "LMCServerConnector.__init__", "host", "port", "loop", "local_cpu_backend")
-    module.LMCServerConnector = _connector_class()
+    known = {"18e408041daf": "0.4.4, 0.5.3", "7b81d568062d": "0.5.6"}
+    replace(module, "LMCServerConnector", _connector_class(), known)
 
 
 class Link:

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvshare.core import policy
 from kvshare.hooks.lmcache.keys import engine
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import replace, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,18 @@ LOCAL_TIERS = {"LocalCPUBackend": ("hot_cache", "cpu_lock"), "LocalDiskBackend":
 """LMCache's own storage backends: the attribute that maps keys to entries, and the lock on it."""
 
 
+NO_RESET = {"cf4157c55357": "0.23.0, 0.24.0, 0.31.0"}
+"""KVConnectorBase_V1.reset_cache of vLLM, which does nothing but say so."""
+
+
 def patch_connector(module: Any) -> None:
     """vLLM's ``LMCacheConnectorV1``: answer ``reset_cache()``."""
-    wrap(module, "LMCacheConnectorV1.reset_cache", _reset_cache)
+    replace(module, "LMCacheConnectorV1.reset_cache", _reset_cache, NO_RESET)
 
 
 def patch_dynamic_connector(module: Any) -> None:
     """LMCache's own connector class, which LMCache-Ascend's derives from: the same."""
-    wrap(module, "LMCacheConnectorV1Dynamic.reset_cache", _reset_cache)
+    replace(module, "LMCacheConnectorV1Dynamic.reset_cache", _reset_cache, NO_RESET)
 
 
 def patch_adapter(module: Any) -> None:
@@ -38,7 +42,7 @@ def patch_adapter(module: Any) -> None:
     wrap(module, "LMCacheConnectorV1Impl.start_load_kv", _hear_scheduler, "forward_context")
 
 
-def _reset_cache(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> bool:
+def _reset_cache(connector: Any) -> bool:
     """Start a new policy for this engine.
 
     Everything cached so far can no longer be found by an unstamped request; a stamped one is told

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from cachetools import TTLCache
 
 from kvshare.core import policy
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, wrap
 
 PROMPTS = 4096
 SECONDS = 60.0
@@ -34,6 +34,7 @@ class First(NamedTuple):
         return request is not None and request.status.name == "WAITING" and time.monotonic() < self.until
 
 
+@optional("What vLLM has is loaded and stored again")
 def patch_adapter(module: Any) -> None:
     wrap(module, "LMCacheConnectorV1Impl.get_num_new_matched_tokens", _matched, "request", "num_computed_tokens")
 

@@ -12,17 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvshare.hooks.patch import wrap
+from kvshare.hooks import check
+from kvshare.hooks.patch import optional, wrap
 
 
 def is_cpu() -> bool:
     return os.environ.get("VERL_PLATFORM", "").lower() == "cpu"
 
 
+@optional("verl does not know the platform cpu")
 def register_platform(module: Any) -> None:
+    check.parameters(module, "PlatformRegistry.register", "platform")
     module.PlatformRegistry.register(platform="cpu")(_platform_class(module.PlatformBase))
 
 
+@optional("verl's process group on CPU is as it is")
 def patch_process_group(module: Any) -> None:
     """verl asks for the backend "cpu:gloo,cpu:gloo", which torch refuses as a duplicate."""
     if is_cpu():

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from verl.workers.rollout.vllm_rollout import utils
+
+from kvshare.hooks import check
+
+# Replaced below.
+check.source(utils, "vLLMColocateWorkerExtension.update_weights_from_ipc", {"bfeb6433d0b4": "0.9.1"})
 
 
-class CPUWorkerExtension(vLLMColocateWorkerExtension):
+class CPUWorkerExtension(utils.vLLMColocateWorkerExtension):
     """vLLM's CPU linear layers pack their weight and drop the original, so verl's in-place copy has
     nothing to copy into; vLLM's own layerwise reload packs again."""
 

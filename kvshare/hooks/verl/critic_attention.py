@@ -5,25 +5,23 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, replace
 
 
+@optional("The critic is loaded with flash_attention_2, which is not installed")
 def patch_critic(module: Any) -> None:
     """Where flash-attn is not installed, the critic gets PyTorch's. On Ascend transformers has its own."""
     if not any(map(find_spec, ("flash_attn", "torch_npu"))):
-        wrap(module, "load_valuehead_model", _load, "local_path", "torch_dtype", "model_config", "trust_remote_code")
+        replace(module, "load_valuehead_model", _load, {"3652731d7129": "0.9.1"})
 
 
-def _load(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    def load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
-        from transformers import AutoModelForTokenClassification
+def _load(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForTokenClassification
 
-        return AutoModelForTokenClassification.from_pretrained(
-            local_path,
-            torch_dtype=torch_dtype,
-            config=model_config,
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-        )
-
-    return load(*args, **kwargs)
+    return AutoModelForTokenClassification.from_pretrained(
+        local_path,
+        torch_dtype=torch_dtype,
+        config=model_config,
+        attn_implementation="sdpa",
+        trust_remote_code=trust_remote_code,
+    )

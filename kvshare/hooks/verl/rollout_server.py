@@ -12,9 +12,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import ray
+from verl.workers.rollout.vllm_rollout import vllm_async_server
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.v1.engine import async_llm
 
 from kvshare.core import lmcache_settings, p2p_identity, policy, ports
+from kvshare.hooks import check
 from kvshare.hooks.verl.cpu_platform import is_cpu
 from kvshare.record import worker_events
 from kvshare.record.event_log import RUN_DIR, Ledger
@@ -22,6 +25,15 @@ from kvshare.routing.cost_model import Pace, Rates
 from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
 
 logger = logging.getLogger(__name__)
+
+# What is overridden below, and what stamps.
+check.parameters(vllm_async_server, "vLLMHttpServer.__init__", "replica_rank")
+check.parameters(vllm_async_server, "vLLMHttpServer.run_server", "args")
+check.parameters(vllm_async_server, "vLLMHttpServer.collective_rpc", "method")
+check.parameters(vllm_async_server, "vLLMHttpServer.set_global_steps", "global_steps")
+check.parameters(vllm_async_server, "vLLMHttpServer._get_worker_extension_cls", "self")
+check.parameters(vllm_async_server, "vLLMReplica.__init__", "replica_rank")
+check.parameters(async_llm, "AsyncLLM.generate", "prompt", "sampling_params", "request_id", "lora_request")
 
 RUN = policy.new_run()
 """Drawn in the process that starts the replicas; each server gets it with its class."""

@@ -16,7 +16,7 @@ from typing import Any
 from cachetools import LRUCache
 
 from kvshare.core import server_status
-from kvshare.hooks.patch import UpstreamChanged, wrap
+from kvshare.hooks.patch import optional, wrap
 from kvshare.record import token_sources
 from kvshare.record.event_log import RUN_DIR, Ledger, Reader
 from kvshare.record.report import STEP, not_seen
@@ -26,11 +26,9 @@ logger = logging.getLogger(__name__)
 REMEMBERED = 100_000  # keys, and who stored them: loads come soon after, or never
 
 
+@optional("verl's logger will not have kvshare's metrics")
 def patch_tracking(module: Any) -> None:
-    try:
-        wrap(module, "Tracking.log", _log, "data", "step")
-    except UpstreamChanged as changed:  # no reason not to train
-        logger.error("verl's logger will not have kvshare's metrics: %s", changed)
+    wrap(module, "Tracking.log", _log, "data", "step")
 
 
 def _log(wrapped: Any, tracking: Any, args: tuple, kwargs: dict) -> Any:

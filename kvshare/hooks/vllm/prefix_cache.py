@@ -16,11 +16,13 @@ import logging
 from typing import Any
 
 from kvshare.core import policy
-from kvshare.hooks.patch import wrap
+from kvshare.hooks.patch import optional, wrap
 
 logger = logging.getLogger(__name__)
 
 
+# LMCache's connectors refuse a vLLM that we do not know; without one there is nothing here to lose.
+@optional("vLLM's reset_prefix_cache refuses while requests run, as it is")
 def patch_scheduler(module: Any) -> None:
     wrap(module, "Scheduler.reset_prefix_cache", _reset, "reset_running_requests", "reset_connector")
 
