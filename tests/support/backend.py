@@ -23,7 +23,7 @@ from kvshare.services.processes import Processes
 HEADER, REPLY = struct.Struct("9i150s"), struct.Struct("9i")
 PUT, GET = 1, 2
 BOUND = 300_000_000  # bytes
-CONFIG = Path(__file__).resolve().parent.parent / "config"
+CONFIG = Path(__file__).resolve().parents[2] / "config"
 
 
 class Backend:
