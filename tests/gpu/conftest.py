@@ -1,4 +1,4 @@
-"""The released packages of the GPU stack, without a GPU: ``make test-gpu-install`` installs each GPU file and runs this.
+"""The released packages of the GPU stack, without a GPU: ``make test-gpu-install`` installs each file and runs this.
 
 GPU_FILE says which file the environment was made from.
 """
@@ -23,7 +23,12 @@ SERVES_MP = PINS["lmcache"] == "0.5.6"
 """All names that the mp backend needs are in that LMCache only."""
 
 NOT_HERE = ("lmcache_ascend",)
-MP_ONLY = ("lmcache.integration.vllm.lmcache_mp", "lmcache.integration.vllm.vllm_multi_process", "lmcache.v1.multiprocess")
+MP_ONLY = (
+    "lmcache.integration.vllm.lmcache_mp",
+    "lmcache.integration.vllm.vllm_multi_process",
+    "lmcache.v1.multiprocess",
+    "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector",
+)
 
 
 @pytest.fixture(scope="session")

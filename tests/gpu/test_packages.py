@@ -19,13 +19,16 @@ from gpu.conftest import FILE, PINS, SERVES_MP
 
 SITE = Path(sysconfig.get_path("purelib"))
 
+LMCACHE = "lmcache.integration.vllm"
 DRIVER = "verl.trainer.main_ppo verl.trainer.ppo.v1 verl.trainer.ppo.v1.trainer_sync ray transfer_queue tensordict"
 ACTOR = """
     verl.workers.engine_workers verl.workers.engine.fsdp.transformer_impl verl.checkpoint_engine
     verl.workers.rollout.vllm_rollout verl.workers.rollout.vllm_rollout.vllm_rollout
     verl.workers.rollout.vllm_rollout.bucketed_weight_transfer verl.workers.rollout.router
 """
-AGENT_LOOP = "verl.experimental.agent_loop verl.experimental.agent_loop.single_turn_agent_loop verl.trainer.ppo.v1.agent_loop_tq"
+AGENT_LOOP = (
+    "verl.experimental.agent_loop verl.experimental.agent_loop.single_turn_agent_loop verl.trainer.ppo.v1.agent_loop_tq"
+)
 SERVER = """
     verl.workers.rollout.vllm_rollout.vllm_async_server verl.workers.rollout.vllm_rollout.utils
     vllm.entrypoints.openai.api_server vllm.entrypoints.cli.main vllm.v1.engine.async_llm vllm.v1.engine.core
@@ -42,7 +45,7 @@ PROCESSES = {
     "vLLM server": SERVER,
     "connector": CONNECTOR,
     "connector, p2p": "nixl nixl._api nixl_cu13._bindings lmcache.v1.transfer_channel.nixl_channel",
-    "connector, mp": "lmcache.integration.vllm.lmcache_mp_connector lmcache.integration.vllm.vllm_multi_process_adapter",
+    "connector, mp": f"{LMCACHE}.lmcache_mp_connector {LMCACHE}.vllm_multi_process_adapter",
     "lmcache_server": "lmcache.v1.server.__main__",
     "lmcache_controller": "lmcache.v1.api_server.__main__",
     "lmcache server": "lmcache.cli.main lmcache.v1.multiprocess.server",
@@ -110,17 +113,19 @@ def compiled() -> list[Path]:
 def test_compiled_modules_load(driver_stub):
     """Python binds all symbols of an extension when it imports it: one that torch lacks is an ImportError."""
     script = """
-import importlib, sys, torch
-for name in sys.argv[1:]:
+import sys, torch
+from importlib.util import module_from_spec, spec_from_file_location
+
+for path in sys.argv[1:]:  # by path: LMCache 0.5.3 puts something else under the name of its extension
     try:
-        importlib.import_module(name)
+        module_from_spec(spec_from_file_location(path.rsplit("/", 1)[1].split(".")[0], path))
     except ImportError as error:
-        print(f"{name}: {error}")
+        print(f"{path}: {error}")
 """
     names = [f"{path.parent.name}.{path.name.split('.')[0]}" for path in compiled()]
     path = f"{driver_stub}:{os.environ.get('LD_LIBRARY_PATH', '')}" if not ctypes.util.find_library("cuda") else ""
     environment = {**os.environ, **({"LD_LIBRARY_PATH": path} if path else {})}
-    command = [sys.executable, "-c", script, *names]
+    command = [sys.executable, "-c", script, *map(str, compiled())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert {"lmcache.cuda_ops", "lmcache.c_ops"} & set(names)
