@@ -1,10 +1,11 @@
 # Everything runs in .venv, made from requirements/cpu.txt. `make demo` is the place to start.
 PYTHON ?= python3
 BIN := .venv/bin
+UV := .venv-uv/bin/uv
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p demo-mp tiny-model install test test-npu freshness routing faults p2p bench forecast verify wheel \
-  lint lock clean
+.PHONY: demo demo-p2p demo-mp tiny-model install test test-npu test-gpu-install test-gpu-file freshness routing faults \
+  p2p bench forecast verify wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -108,15 +109,46 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/shellcheck *.sh .ci/run
 
-# The lock, after a change of cpu.in, which alone says what to upgrade; what is left out is CUDA's, or does not load with
-# torch's CPU build.
+# What the GPU launchers rely on, in exactly the packages of each GPU file (no GPU needed; 12 GB of disk and downloads,
+# 5 minutes each). One environment at a time: the second takes the place of the first. What it checks: tests/gpu.
+GPU := .venv-gpu
+GPU_FILES := gpu gpu-verl
+test-gpu-install: $(UV)
+	for file in $(GPU_FILES); do $(MAKE) --no-print-directory test-gpu-file FILE=$$file || exit; done
+
+GPU_UV = $(UV) pip $(1) --python $(GPU)/bin/python
+test-gpu-file: $(UV)
+	@echo "== requirements/$(FILE).txt into $(GPU), in place of what is there"
+	rm -rf $(GPU)
+	@free=$$(df --output=avail -BG . | tail -1 | tr -dc 0-9); [ $$free -ge 25 ] || \
+	  { echo "$$free GB free here, 25 are needed: 12 for $(GPU), and uv's downloads (uv cache clean)"; exit 2; }
+	$(UV) venv -q --python $(PYTHON) $(GPU)
+	$(call GPU_UV,sync) -q requirements/$(FILE).txt
+	$(call GPU_UV,install) -q --no-deps -e .
+	$(call GPU_UV,check)
+	$(call GPU_UV,install) -q --no-deps --target $(GPU)/test $(call DEV,hypothesis) $(call DEV,pytest)
+	PYTHONPATH=$(CURDIR)/$(GPU)/test GPU_FILE=$(FILE) $(GPU)/bin/python -m pytest -v tests/gpu
+
+# uv alone, the version that made the locks.
+DEV = $(shell grep -o '^$(1)==[^ ]*' requirements/dev.txt)
+$(UV): requirements/dev.txt
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/pip install -q $(call DEV,uv)
+	touch $@
+
+# The locks, after a change of a .in; what is pinned stays, unless: make lock UPGRADE=--upgrade. A lock keeps its header.
+# CPU: any Linux; torch's CPU build where pip finds it. What is left out is CUDA's, or does not load with that build.
 LEFT_OUT := torchvision torchaudio torchcodec cupy-cuda13x cuda-python cuda-core cuda-bindings cuda-pathfinder \
   cufile-python nvtx nixl-cu13
-lock:
-	grep '^[^#.]' requirements/cpu.txt > cpu.lock
-	uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
-	  $(addprefix --no-emit-package ,$(LEFT_OUT)) requirements/cpu.in -o cpu.lock
-	{ grep '^#\|^\./' requirements/cpu.txt; grep -v '^#' cpu.lock; } > cpu.txt && mv cpu.txt requirements/ && rm cpu.lock
+LOCK_cpu := --universal $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(addprefix --no-emit-package ,$(LEFT_OUT))
+LOCK_gpu := --python-platform x86_64-manylinux_2_28
+LOCK_gpu-verl := $(LOCK_gpu)
+lock: lock-cpu lock-gpu lock-gpu-verl
+lock-%: $(UV)
+	grep '==' requirements/$*.txt | grep -v '^#' > $*.lock || true
+	$(UV) pip compile -q $(UPGRADE) --python-version 3.11 --no-header --no-annotate $(LOCK_$*) -o $*.lock requirements/$*.in
+	{ grep '^#\|^\./' requirements/$*.txt; grep -v '^#' $*.lock; } > $*.lock.txt
+	mv $*.lock.txt requirements/$*.txt && rm $*.lock
 
 clean:
-	rm -rf .venv $(NPU) outputs
+	rm -rf .venv .venv-uv $(NPU) $(GPU) outputs

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 
 from kvshare.core import ascend, versions
 from kvshare.core.job import Job, one_line
@@ -32,15 +32,23 @@ def compiled(job: Job) -> Iterator[str]:
         return
     import torch
 
-    found = next((name for name in CUDA_CODE if find_spec(name)), None)
+    found = next(filter(None, map(_extension, CUDA_CODE)), None)
     fix = "pip install -r requirements/gpu.txt, or build it with the command in requirements/gpu-verl.txt"
     if found is None:
         yield f"LMCache was built without its CUDA code, it would copy KV slowly: {fix}"
         return
     try:
-        import_module(found)
+        module_from_spec(found)  # binds its symbols
     except ImportError as error:
-        yield f"{found}, LMCache's CUDA code, does not load with torch {torch.__version__} ({one_line(error)}): {fix}"
+        name, reason = f"lmcache.{found.name}", one_line(error)
+        yield f"{name}, LMCache's CUDA code, does not load with torch {torch.__version__} ({reason}): {fix}"
+
+
+def _extension(name: str) -> ModuleSpec | None:
+    """On disk: LMCache 0.5.3 puts a stand-in under the name of its own, without a spec and for any torch."""
+    package, _, module = name.rpartition(".")
+    parent = find_spec(package)
+    return PathFinder.find_spec(module, parent.submodule_search_locations) if parent else None
 
 
 def attention(job: Job) -> Iterator[str]:
