@@ -23,6 +23,7 @@ _HOOKS = (
     # Before keys, whose wrap of the same function is then around it: also what is not looked up has a policy.
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.skip_local_hits:patch_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.keys:patch_adapter"),
+    ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.opt_out:patch_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.reset:patch_adapter"),
     ("lmcache.integration.vllm.lmcache_connector_v1", "lmcache.reset:patch_dynamic_connector"),
     ("lmcache.v1.gpu_connector", "lmcache.cpu_connector:patch_gpu_connector"),
@@ -35,6 +36,7 @@ _HOOKS = (
     ("lmcache.v1.storage_backend.connector.lm_connector", "lmcache.remote_client:patch_lm_connector"),
     ("lmcache.v1.storage_backend.remote_backend", "lmcache.events:patch_remote_backend"),
     ("lmcache.integration.vllm.lmcache_mp_connector", "lmcache.mp_connector:patch_connector"),
+    ("lmcache.integration.vllm.lmcache_mp_connector", "lmcache.opt_out:patch_mp_connector"),
     ("lmcache.integration.vllm.lmcache_mp_metadata", "lmcache.mp_connector:patch_metadata"),
     ("lmcache.integration.vllm.vllm_multi_process_adapter", "lmcache.mp_connector:patch_adapter"),
     ("lmcache.integration.vllm.vllm_multi_process_adapter", "lmcache.mp_transfers:patch_adapter"),

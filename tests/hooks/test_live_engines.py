@@ -39,6 +39,18 @@ def test_second_engine_reads_what_the_first_computed(engines, prompt):
     assert result["tokens"]["stale_hit"] == 0
 
 
+@pytest.mark.parametrize("prompt_logprobs", [0, 1])
+def test_requests_that_opt_out_of_cached_kv_load_none(engines, prompt, prompt_logprobs):
+    """vLLM needs every prompt token computed for prompt log-probabilities; with a load its engine dies."""
+    for engine in engines:
+        start = len(engine.events)
+        cold = engine.ask(prompt, "run-1")
+        again = engine.ask(prompt, "run-1", prompt_logprobs=prompt_logprobs)
+        same(cold, again)
+        assert again.cached == 0
+        assert engine.hits(start) == (0 if engine is engines[0] else WHOLE)
+
+
 def test_what_the_engine_has_itself_is_not_moved(engines, backend, prompt):
     """Samples that come together store their prompt once, and later ones load nothing."""
     if backend.connector == "LMCacheMPConnector":

@@ -101,6 +101,7 @@ class Engine:
         tokens: int = 8,
         stamped: float | None = None,
         stores: int = 0,
+        **more: Any,
     ) -> Answer:
         """Returns when the prompt's KV has been stored, if it will be.
 
@@ -109,6 +110,7 @@ class Engine:
             stamp: policy id, given to LMCache and vLLM as the rollout server does it.
             stamped: Unix time at which it was; now.
             stores: that there must be, however late a busy machine reports them.
+            more: of the request's body.
         """
         request = uuid4().hex
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
@@ -118,7 +120,7 @@ class Engine:
             params[policy.TAG] = body["cache_salt"] = stamp
             params[policy.STAMPED_AT] = stamped or time.time()
         began = time.monotonic()
-        answer = self._post("/v1/completions", {**body, "kv_transfer_params": params})
+        answer = self._post("/v1/completions", {**body, **more, "kv_transfer_params": params})
         seconds = time.monotonic() - began
         self._settle(request, stores)
         logprobs = answer["choices"][0]["logprobs"]
