@@ -328,9 +328,10 @@ def bench(
     from kvshare.services.health import NotStarted
     from kvshare.tools.bench import run as benches
     from kvshare.tools.bench import tables
+    from kvshare.tools.bench.asked import Asked
 
     shapes = [(length, many) for length in _numbers("--tokens", tokens) for many in _numbers("--at-once", at_once)]
-    asked = benches.Asked(shapes, n, answer, repeat, settle)
+    asked = Asked(shapes, n, answer, repeat, settle)
     try:
         if config:
             result = benches.of_config(config, asked, logs)
