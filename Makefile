@@ -102,7 +102,7 @@ $(NPU)/installed: .venv/dev requirements/npu.txt
 
 # The demo's model, trained again: 45 seconds on an H100, far longer on CPUs.
 tiny-model: .venv/installed
-	$(BIN)/python -m kvshare.tools.tiny_model
+	$(BIN)/python dev/train_tiny_model.py
 
 lint: .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

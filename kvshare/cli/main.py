@@ -321,16 +321,17 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Turns of all cases.")] = 5,
     settle: Annotated[float, typer.Option(min=0, help="Seconds a prompt has to be stored, and one more a GB.")] = 1.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw it, to this SVG file (needs matplotlib).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, to this SVG file.")] = None,
     logs: Annotated[Path, typer.Option(help="Folder for the logs of what it starts.")] = Path("outputs/bench"),
 ) -> None:
     """Time to the first token: no connector, miss, shared hit, local hit, in turns; and the copy that limits it."""
     from kvshare.services.health import NotStarted
     from kvshare.tools.bench import run as benches
     from kvshare.tools.bench import tables
+    from kvshare.tools.bench.asked import Asked
 
     shapes = [(length, many) for length in _numbers("--tokens", tokens) for many in _numbers("--at-once", at_once)]
-    asked = benches.Asked(shapes, n, answer, repeat, settle)
+    asked = Asked(shapes, n, answer, repeat, settle)
     try:
         if config:
             result = benches.of_config(config, asked, logs)
@@ -358,7 +359,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _print_report(report: dict, run: Path) -> None:
     from rich.table import Table
 
-    from kvshare.record.report import facts, verdict
+    from kvshare.record.summary import facts, verdict
 
     columns = ("prompt", "computed", "local_hit", "shared_hit", "stale_hit")
     table = Table(title=f"KV sharing: {report.get('backend')} on {report.get('device')}, {report['steps']} steps")

@@ -1,4 +1,8 @@
-"""A vLLM server's HTTP interface, asked with nothing but the standard library, and its Prometheus metrics."""
+"""A vLLM server's HTTP interface, one request at a time, and its Prometheus metrics.
+
+Many at once are bench/endpoint.py's, with aiohttp: with httpx, which does both, 64 streams had their first token 0.6 s
+later (2 cores).
+"""
 
 from __future__ import annotations
 

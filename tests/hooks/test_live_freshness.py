@@ -8,7 +8,7 @@ import pytest
 from conftest import CHUNK
 
 from kvshare.core import policy
-from kvshare.record import report
+from kvshare.record import summary
 
 PROMPT = 4 * CHUNK + 50
 HITS = 4 * CHUNK
@@ -131,7 +131,7 @@ def test_fifty_updates(replicas, prompts, record_property):
             asked += 1
             hits += replica.check(rng.choice(prompts))
     events = [e for r, start in zip(replicas, started, strict=True) for e in r.engine.events[start:]]
-    tokens = report.summarize(events, [], {"replicas": 2})["tokens"]
+    tokens = summary.summarize(events, [], {"replicas": 2})["tokens"]
     print(f"\n50 updates: {asked} requests checked, {hits} tokens hit, {tokens['shared_hit']} shared, 0 stale")
     assert tokens["stale_hit"] == 0
     assert tokens["shared_hit"] > 0

@@ -1,9 +1,11 @@
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
-from test_report import RUN, TWO_STEPS, logged
+from test_report import RUN, TWO_STEPS, end, logged, request
 
-from kvshare.record import page, report, svg
+from kvshare.record import figures, page, summary
 
 
 class Page(HTMLParser):
@@ -45,18 +47,18 @@ def result():
         "stored_bytes_a_step": 99,
         "verdict": "<v>",
     }
-    metrics = [m | {report.PEARSON: 0.99, report.DIFFERENCE: 1e-9} for m in logged(0.25, 0.75)]
-    return report.summarize(TWO_STEPS, metrics, {**RUN, "forecast": forecast, "model": "a<b"})
+    metrics = [m | {summary.PEARSON: 0.99, summary.DIFFERENCE: 1e-9} for m in logged(0.25, 0.75)]
+    return summary.summarize(TWO_STEPS, metrics, {**RUN, "forecast": forecast, "model": "a<b"})
 
 
 def test_every_number_is_on_the_page(result):
-    words = set(Page(page.render(result)).words)
+    words = set(Page(page.html(result)).words)
     assert numbers(result) <= words
     assert {"77,130", "128.000", "<v>", "0.25 → 0.75"} <= words
 
 
 def test_page_needs_nothing_else(result):
-    text = page.render(result)
+    text = page.html(result)
     assert Page(text).addresses == []
     assert "script" not in Page(text).tags
     assert "url(" not in text
@@ -64,21 +66,36 @@ def test_page_needs_nothing_else(result):
 
 
 def test_page_has_a_plot_of_each_kind(result):
-    assert Page(page.render(result)).tags.count("svg") == 7  # no answer length was logged
+    assert Page(page.html(result)).tags.count("svg") == 7  # no answer length was logged
 
 
 def test_page_of_nothing():
-    assert "No request was recorded" in page.render(report.summarize([], [], RUN))
+    assert "No request was recorded" in page.html(summary.summarize([], [], RUN))
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 1), (0, 21036), (0, 3e9), (0, 0.07), (-2, 5)])
-def test_ticks_are_round_and_span_the_values(low, high):
-    ticks = svg.linear_ticks(low, high)
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
-    assert 2 <= len(ticks) <= 7
+def test_hovering_shows_the_number(result):
+    assert {"step 1: 256 shared hit", "replica 1: 256 computed", "step 2: 0.75"} <= set(Page(page.html(result)).words)
 
 
-def test_log_ticks_span_the_values():
-    assert svg.log_ticks(7e-10, 9e-10) == pytest.approx([1e-10, 1e-9])
-    assert svg.log_ticks(1e-9, 1e-9) == pytest.approx([1e-9, 1e-8])
+def many_steps(count):
+    rows = [{**m, summary.DIFFERENCE: 0.5 if i == 1234 else 1e-9} for i, m in enumerate(logged(*[0.5] * count))]
+    return summary.summarize([request(0, "p", 300), end(1, 9)], rows, RUN)
+
+
+def test_page_of_many_steps_is_bounded_and_says_so():
+    text, note = page.html(many_steps(5000)), "The last 2,000 of 5,000 rows"
+    assert len(text) < 2 * len(page.html(many_steps(2000)))
+    assert note in text
+    assert note in page.markdown(many_steps(5000))
+    assert "A bar or point is 25 steps" in text
+
+
+def test_the_worst_step_is_on_the_plot_of_many():
+    words = Page(page.html(many_steps(5000))).words
+    assert "step 1226–1250: 5.0e-01" in words
+    assert sum(word.startswith("step ") and word.endswith(": 0.5") for word in words) == figures.MOST_POINTS  # rewards
+
+
+def test_workers_and_launchers_do_not_import_what_draws():
+    code = "import sys, kvshare.hooks.verl.step_metrics, kvshare.record.report; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from kvshare.core.errors import UserError
-from kvshare.record import markdown, report
+from kvshare.record import page, report, summary
 
 RUN = {"backend": "remote", "device": "cpu", "replicas": 2}
 
@@ -29,7 +29,7 @@ def request(replica, policy, prompt, cached=0):
 
 
 def tokens(*events):
-    return report.summarize(events, [], RUN)["tokens"]
+    return summary.summarize(events, [], RUN)["tokens"]
 
 
 def test_shared_local_and_computed():
@@ -76,17 +76,17 @@ def test_kv_that_nobody_stored_is_unknown():
 def test_amplification_is_per_policy():
     both = [store(replica, "p0", 1, 2) for replica in (0, 1)]
     once = [store(0, "p1", 3, 4), load(1, "p1", 3, 4)]
-    result = report.summarize([*both, *once, request(0, "p0", 600), request(1, "p1", 600, 512)], [], RUN)
+    result = summary.summarize([*both, *once, request(0, "p0", 600), request(1, "p1", 600, 512)], [], RUN)
     assert result["prefill_amplification"] == 1.5
     assert [p["prefill_amplification"] for p in result["policy"]] == [2.0, 1.0]
 
 
 def mismatch(*steps):
-    return [{"training/global_step": i, report.PEARSON: p, report.DIFFERENCE: d} for i, (p, d) in enumerate(steps, 1)]
+    return [{"training/global_step": i, summary.PEARSON: p, summary.DIFFERENCE: d} for i, (p, d) in enumerate(steps, 1)]
 
 
 def test_mismatch_is_the_worst_step_next_to_the_first():
-    result = report.summarize([], mismatch((1.0, 1e-9), (0.69, 0.2)), RUN)
+    result = summary.summarize([], mismatch((1.0, 1e-9), (0.69, 0.2)), RUN)
     assert result["mismatch"] == {
         "pearson_min": 0.69,
         "pearson_floor": 1.0,
@@ -98,18 +98,18 @@ def test_mismatch_is_the_worst_step_next_to_the_first():
 
 
 def test_baseline_is_the_noise_floor():
-    result = report.summarize([], mismatch((1.0, 1e-9)), RUN, baseline=mismatch((1.0, 1e-9), (0.999, 3e-9)))
+    result = summary.summarize([], mismatch((1.0, 1e-9)), RUN, baseline=mismatch((1.0, 1e-9), (0.999, 3e-9)))
     assert (result["mismatch"]["pearson_floor"], result["mismatch"]["probs_diff_floor"]) == (0.999, 3e-9)
 
 
 def test_baseline_says_that_it_is_one():
-    result = report.summarize([request(0, "p", 300)], [], {**RUN, "backend": "no connector"})
-    assert "baseline" in report.verdict(result)
+    result = summary.summarize([request(0, "p", 300)], [], {**RUN, "backend": "no connector"})
+    assert "baseline" in summary.verdict(result)
 
 
 def test_every_policy_has_its_row():
     events = [store(0, "run-1", 1), load(1, "run-1", 1), request(1, "run-1", 512, 256), request(0, "private-a", 300)]
-    rows = [line for line in markdown.render(report.summarize(events, [], RUN)).splitlines() if "| run-1 |" in line]
+    rows = [line for line in page.markdown(summary.summarize(events, [], RUN)).splitlines() if "| run-1 |" in line]
     assert rows == ["| run-1 | 512 | 256 | 0 | 256 | 0 | 1.000 |"]
 
 
@@ -125,15 +125,15 @@ def test_every_policy_has_its_row():
     ],
 )
 def test_verdict(events, words):
-    assert words in report.verdict(report.summarize(events, [], RUN))
+    assert words in summary.verdict(summary.summarize(events, [], RUN))
 
 
 def test_replica_whose_lmcache_comes_late_is_said_to_share():
     up = [{"op": op, "time": time, "replica": 1} for time, op in enumerate(["degraded", "ready", "ready"])]
-    result = report.summarize(up, [], RUN)
+    result = summary.summarize(up, [], RUN)
     assert (result["degraded"], result["late"]) == ([], [1])
-    assert "came up late in replica 1" in markdown.render(result)
-    assert report.summarize([*up, {**up[0], "time": 9}], [], RUN)["degraded"] == [1]  # it was started again
+    assert "came up late in replica 1" in page.markdown(result)
+    assert summary.summarize([*up, {**up[0], "time": 9}], [], RUN)["degraded"] == [1]  # it was started again
 
 
 def test_report_of_a_killed_run(tmp_path):
@@ -173,7 +173,7 @@ def logged(*rewards):
 
 
 def test_a_step_is_what_came_since_the_one_before():
-    one, two = report.summarize(TWO_STEPS, logged(0.25, 0.75), RUN)["step"]
+    one, two = summary.summarize(TWO_STEPS, logged(0.25, 0.75), RUN)["step"]
     assert (one["prompt"], one["computed"], one["shared_hit"], one["reward"]) == (512, 256, 256, 0.25)
     assert [r["prompt"] for r in one["replica"]] == [0, 512]
     assert (two["prompt"], two["computed"], two["shared_hit"], two["reward"]) == (300, 300, 0, 0.75)
@@ -184,19 +184,19 @@ def test_a_step_is_what_came_since_the_one_before():
 def test_time_saved_is_what_computing_would_have_taken_less_the_loads():
     prefills = [{**request(0, "p", 1000), "prefill": rate} for rate in (None, 800.0, 1000.0)]
     loads = [{**load(1, "p", 1, 2), "seconds": 0.1}]
-    result = report.summarize([store(0, "p", 1, 2), *prefills, *loads], [], RUN)
+    result = summary.summarize([store(0, "p", 1, 2), *prefills, *loads], [], RUN)
     assert result["prefill_tokens_per_second"] == 1000
     assert result["time_saved_seconds"] == pytest.approx(0.512 - 0.1)
-    assert report.summarize(prefills[:1], [], RUN)["time_saved_seconds"] is None
+    assert summary.summarize(prefills[:1], [], RUN)["time_saved_seconds"] is None
 
 
 def test_forecast_stands_next_to_what_was_measured():
     forecast = {"shareable_tokens_a_step": 130, "local_tokens_a_step": 0, "stored_bytes_a_step": 99, "verdict": "v"}
-    result = report.summarize(TWO_STEPS, logged(0, 0), {**RUN, "forecast": forecast})
-    assert list(report.against_forecast(result).values()) == [(130, 128), (0, 0), (99, 120)]
+    result = summary.summarize(TWO_STEPS, logged(0, 0), {**RUN, "forecast": forecast})
+    assert list(summary.against_forecast(result).values()) == [(130, 128), (0, 0), (99, 120)]
 
 
 def test_replica_that_left_no_ledger_is_named():
-    result = report.summarize([request(0, "p", 300)], [], {**RUN, "replicas": 3})
+    result = summary.summarize([request(0, "p", 300)], [], {**RUN, "replicas": 3})
     assert result["unseen"] == [1, 2]
-    assert "NOT SEEN: replica 1, 2" in report.verdict(result)
+    assert "NOT SEEN: replica 1, 2" in summary.verdict(result)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from kvshare.cli.main import app
 from kvshare.core.errors import UserError
 from kvshare.tools.bench import engines, run, tables
+from kvshare.tools.bench.asked import Asked
 
 
 def row(first, shared=0, **more):
@@ -77,6 +78,10 @@ def test_own_configs(path):
     assert config["environment"]["LMCACHE_CONFIG_FILE"] == f"config/{config['backend']}_backend_config.yaml"
 
 
+def test_settings_are_those_the_engines_see():
+    assert engines._lmcache({"LMCACHE_CHUNK_SIZE": "64"})["chunk_size"] == 64
+
+
 @pytest.mark.parametrize("arguments", [["bench"], ["bench", "--engine", "http://a"], ["bench", "x", "--tokens", "1k"]])
 def test_bad_arguments(arguments):
     assert isinstance(CliRunner().invoke(app, arguments).exception, UserError)
@@ -84,13 +89,13 @@ def test_bad_arguments(arguments):
 
 def test_nobody_there():
     with pytest.raises(UserError, match="is no vLLM server"):
-        run.of_urls(["http://127.0.0.1:9", "http://127.0.0.1:9"], None, run.Asked([(256, 1)], 0, 1, 1, 0))
+        run.of_urls(["http://127.0.0.1:9", "http://127.0.0.1:9"], None, Asked([(256, 1)], 0, 1, 1, 0))
 
 
 def test_two_engines(engines):
     """What is counted adds up, a shared hit is all of the whole chunks, and the answers are those of the miss."""
     urls = [engine.url for engine in engines]
-    result = run.of_urls(urls, None, run.Asked([(1024, 2)], n=2, answer=2, repeat=1, settle=5))
+    result = run.of_urls(urls, None, Asked([(1024, 2)], n=2, answer=2, repeat=1, settle=5))
     found = {row["case"]: row["samples"][0] for row in result["cases"]}
     assert {case: sample["prompt"] for case, sample in found.items()} == {"miss": 2050, "shared": 2050, "local": 2050}
     assert (found["miss"]["shared"], found["shared"]["shared"], found["local"]["local"]) == (0, 2048, 2048)

@@ -1,9 +1,10 @@
 import itertools
 
 import torch
+from train_tiny_model import make_tokenizer
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from kvshare.tools import demo, gsm8k, tiny_model
+from kvshare.tools import demo, gsm8k
 from kvshare.tools.problems import problems
 
 
@@ -32,4 +33,4 @@ def problems_of(seed):
 
 
 def test_its_tokenizer_is_what_the_script_makes(model):
-    assert AutoTokenizer.from_pretrained(model).get_vocab() == tiny_model._tokenizer().get_vocab()
+    assert AutoTokenizer.from_pretrained(model).get_vocab() == make_tokenizer().get_vocab()

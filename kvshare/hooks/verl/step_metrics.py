@@ -19,7 +19,7 @@ from kvshare.core import server_status
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record import token_sources
 from kvshare.record.event_log import RUN_DIR, Ledger, Reader
-from kvshare.record.report import STEP, not_seen
+from kvshare.record.summary import STEP, not_seen
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from kvshare.record import worker_events
 from kvshare.services import health
 from kvshare.services.backends import BACKENDS, place
 from kvshare.services.processes import Processes
+from kvshare.tools import vllm_http
 
 KEYS = {"backend": str, "arguments": list, "engine": str, "connector": dict, "environment": dict}
 
@@ -111,7 +111,7 @@ def _ours(command: str) -> list[str]:
 
 def _lmcache(environment: Mapping[str, str]) -> dict[str, Any]:
     """LMCache's settings as the engines see them; in a process that has nothing else in its environment."""
-    code = "import json, os; from kvshare import lmcache_config as c; "
+    code = "import json, os; from kvshare.core import lmcache_settings as c; "
     code += "print(json.dumps(c.effective(os.environ.get('LMCACHE_CONFIG_FILE')).to_dict(), default=str))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | dict(environment), capture_output=True, text=True
@@ -123,7 +123,7 @@ def _lmcache(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _check(url: str) -> str:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return url
+        vllm_http.get(f"{url}/health", seconds=5)
     except OSError as error:
         raise UserError(f"{url}: {error}") from None
+    return url

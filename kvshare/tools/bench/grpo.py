@@ -17,9 +17,9 @@ from kvshare.record import worker_events
 from kvshare.routing.cost_model import Pace, Rates
 from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
 from kvshare.routing.router import PrefillOnceRouter
+from kvshare.tools.bench.asked import Asked
 from kvshare.tools.bench.endpoint import POLICY, Answer, Endpoint, Prompt, sample, unseen
 from kvshare.tools.bench.engines import Engines
-from kvshare.tools.bench.run import Asked
 
 
 class Replica:

@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,23 +21,12 @@ import aiohttp
 from kvshare.core.errors import UserError
 from kvshare.launch.preflight.memory import kv_bytes
 from kvshare.tools.bench import copy_limit, engines
+from kvshare.tools.bench.asked import Asked, Shape
 from kvshare.tools.bench.endpoint import Endpoint, Sample, endpoints, sample, unseen
 from kvshare.tools.bench.engines import Engines
 
 PACKAGES = ("vllm", "lmcache", "torch", "verl")
 CHUNK_SIZE = 256  # tokens, LMCache's default: of servers that somebody else started
-
-Shape = tuple[int, int]
-"""Tokens of a prompt, and different prompts at once. One more token is asked: whole chunks can then be found."""
-
-
-@dataclass
-class Asked:
-    shapes: list[Shape]
-    n: int  # samples of a prompt in GRPO's pattern; 0: leave it out
-    answer: int  # tokens
-    repeat: int
-    settle: float  # seconds a prompt has to be stored, and one more a GB
 
 
 def of_config(path: Path, asked: Asked, logs: Path) -> dict[str, Any]:
