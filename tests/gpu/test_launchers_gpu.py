@@ -25,7 +25,7 @@ wrapt.register_post_import_hook(eight, "torch.cuda")
 """
 
 PYTHON = """#!/bin/sh
-case "$1 $2 $3" in "-m kvshare run") echo "starts: $*"; exit;; esac
+case "$1 $2" in "-m verl.trainer.main_ppo") echo "starts: $*"; exit;; esac
 exec {python} "$@"
 """
 
@@ -77,7 +77,7 @@ def test_to_the_end_of_preflight(launcher, estimator, environment):
         assert any("'lmcache>=0.5.6'" in line for line in errors), said
         return
     assert done.returncode == 0, said
-    assert "starts: -m kvshare run" in done.stdout, said
+    assert "starts: -m verl.trainer.main_ppo" in done.stdout, said
     assert errors == []
 
 
