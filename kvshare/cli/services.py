@@ -1,4 +1,4 @@
-"""``kvshare services``: start, look at and end what a backend needs on this host."""
+"""`kvshare server`, and `kvshare services`: start, look at and end what a backend needs on this host."""
 
 from __future__ import annotations
 
@@ -10,30 +10,23 @@ from typing import Annotated, Any
 
 import typer
 
+from kvshare.cli.options import PASSES, BackendOption, Json
 from kvshare.core.errors import UserError
 from kvshare.services import background
-from kvshare.services.backends import BACKENDS
 from kvshare.services.health import NotStarted
 
-app = typer.Typer(no_args_is_help=True, help="Start, look at and end what a backend needs on this host.")
-PASSES = {"ignore_unknown_options": True}
+app = typer.Typer()
+services = typer.Typer(no_args_is_help=True, help="Start, look at and end what a backend needs on this host.")
+app.add_typer(services, name="services")
 
 
-def known_backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise UserError(f"--backend {name}: must be one of {', '.join(BACKENDS)}")
-    return name
-
-
-BackendOption = Annotated[str, typer.Option("--backend", help=f"{', '.join(BACKENDS)}.", callback=known_backend)]
 Folder = Annotated[Path, typer.Option("--folder", help="For state and logs.")]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all of this host's.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HERE = Path("outputs/services")
 LOOPBACK = "127.0.0.1"
 
 
-@app.command(context_settings=PASSES)
+@services.command(context_settings=PASSES)
 def up(
     backend: BackendOption,
     host: Host = LOOPBACK,
@@ -49,14 +42,14 @@ def up(
     _print(started, as_json)
 
 
-@app.command()
+@services.command()
 def down(backend: BackendOption, folder: Folder = HERE) -> None:
     """End what up started, also what a crash has left."""
     ended = background.down(backend, folder)
     print(f"{ended.service} (pid {ended.pid}) has ended" if ended else f"nothing is up in {folder}")
 
 
-@app.command()
+@services.command()
 def status(backend: BackendOption, folder: Folder = HERE, as_json: Json = False) -> None:
     """Is it healthy? Prints what up printed; exit code 1 if it is not."""
     started = background.read(backend, folder)
@@ -88,3 +81,35 @@ def _print(started: background.Started, as_json: bool) -> bool:
     for name, value in started.exports.items():
         print(f"export {name}={shlex.quote(value)}")
     return bool(where)
+
+
+@app.command()
+def server(
+    host: Annotated[str, typer.Argument(help="Where to listen.")] = "localhost",
+    port: Annotated[str, typer.Argument()] = "65432",
+    memory: Annotated[str, typer.Option(metavar="GIB", help="How much KV to keep.")] = "8",
+    status: Annotated[Path | None, typer.Option(help="JSON file to keep counts in: bytes, entries, evicted…")] = None,
+) -> None:
+    """lmcache_server with a bound: when its memory is full, the least recently used KV goes."""
+    from kvshare.services import lm_server as servers
+
+    servers.serve(host, _port(port), _bytes(memory), status)
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and len(text) < 6 and 0 < int(text) < 65536):
+        raise UserError(f"PORT {text!r} must be a number from 1 to 65535")
+    return int(text)
+
+
+def _bytes(gib: str) -> int:
+    import psutil
+
+    machine = psutil.virtual_memory().total
+    try:
+        size = int(float(gib) * 2**30)
+    except (ValueError, OverflowError):  # not a number, or infinite
+        size = 0
+    if not 0 < size <= machine:
+        raise UserError(f"--memory {gib!r} must be a number of GiB, at most this machine's {machine / 2**30:.1f}")
+    return size
