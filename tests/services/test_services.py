@@ -108,14 +108,6 @@ def test_taken_ports_are_replaced_by_free_ones():
     assert len(set(found.values())) == 3
 
 
-def test_run_starts_it_tells_the_command_and_ends_it(folder):
-    done = command("run", "--backend", "remote", "--folder", folder, "--", "sh", "-c", "env; exit 3")
-    assert done.returncode == 3
-    (url,) = [line for line in done.stdout.splitlines() if line.startswith("LMCACHE_REMOTE_URL=lm://")]
-    host, port = url.removeprefix("LMCACHE_REMOTE_URL=lm://").split(":")
-    assert ports.is_free(host, int(port))
-
-
 def test_health_request_is_what_lmcache_would_send():
     import torch
     from lmcache.utils import CacheEngineKey

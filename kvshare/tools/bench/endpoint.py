@@ -111,7 +111,9 @@ class Endpoint:
 @asynccontextmanager
 async def endpoints(urls: Sequence[str]) -> AsyncIterator[list[Endpoint]]:
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(
+        timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+    ) as session:
         yield [Endpoint(session, url) for url in urls]
 
 
