@@ -1,4 +1,4 @@
-# Everything runs in .venv, made from requirements/cpu.txt. `make demo` is the place to start.
+# Everything runs in .venv, made from requirements/cpu.txt. Start with `make demo`.
 PYTHON ?= python3
 BIN := .venv/bin
 UV := .venv-uv/bin/uv
@@ -19,7 +19,7 @@ demo-mp: install
 
 install: .venv/installed
 
-# torch first: its CPU build comes from wherever pip finds one, or from PyTorch's own index.
+# Install torch first: its CPU build comes from pip's default index, or else from PyTorch's index.
 .venv/installed: requirements/cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -37,35 +37,35 @@ test: .venv/dev
 	$(BIN)/pytest
 	$(BIN)/pytest --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_faults.py -k "not (staleness or stopped or restarted)"
 
-# The A/B of docs/freshness.md under verl (12 minutes), PPO with a critic, and the mp backend.
+# Under verl: the A/B test of docs/freshness.md (12 minutes), PPO with a critic, and the mp backend.
 freshness: .venv/dev
 	$(BIN)/pytest -s tests/long/freshness.py
 	$(BIN)/pytest -s -m slow tests/launch/test_training.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_freshness.py tests/launch/test_training.py
 
-# verl's own routing against ours under verl, and the tables of docs/routing.md by simulation.
+# verl's routing compared with kvshare's under verl, and the simulated tables of docs/routing.md.
 routing: .venv/dev
 	$(BIN)/pytest -s tests/long/routing.py
 	$(BIN)/python benchmarks/routing.py --plot docs/routing.svg
 
-# Faults on live engines, and a server that dies and comes back under verl: docs/reliability.md.
+# Faults on live engines, and a server that is killed and restarted under verl (docs/reliability.md).
 faults: .venv/dev
 	$(BIN)/pytest -s tests/hooks/test_live_faults.py tests/services/test_lm_server.py tests/long/faults.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_faults.py tests/long/faults.py -k "not soak"
 
-# The forecast against what runs under verl measured, about 15 minutes.
+# The forecast compared with measurements under verl, about 15 minutes.
 forecast: .venv/dev
 	$(BIN)/pytest -s tests/long/forecast.py
 
-# kvshare verify on engines that are set up wrong, each in its way, about 6 minutes.
+# kvshare verify on engines with different setup mistakes, about 6 minutes.
 verify: .venv/dev
 	$(BIN)/pytest -s tests/long/verify.py
 
-# The wheel in an environment of its own.
+# The wheel, installed in a new environment.
 wheel: .venv/dev
 	$(BIN)/pytest -s tests/long/wheel.py
 
-# P2P: three replicas, a controller, each of them killed; two hosts (network namespaces). 10 minutes.
+# P2P: three replicas and a controller, each of them killed once; two hosts (network namespaces). 10 minutes.
 p2p: .venv/dev
 	$(BIN)/pytest -s -m "slow or not slow" tests/hooks/test_live_peers.py tests/long/p2p.py
 
@@ -74,13 +74,13 @@ bench: .venv/dev
 	$(BIN)/kvshare prepare --offline --tiny-model --limit 4 --data outputs/bench/data
 	for backend in remote p2p mp; do $(BIN)/kvshare bench config/bench/$${backend}_cpu.yaml -n 4 --repeat 3 || exit; done
 
-# What the NPU launchers rely on, in the packages NPUs run (no NPU needed, 2 minutes). LMCache-Ascend has no package:
-# make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>; without it the tests that need it are skipped.
+# Tests of the NPU launchers, with the packages for NPUs (no NPU needed, 2 minutes). LMCache-Ascend is not on PyPI:
+# make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>. Without it the tests that need it are skipped.
 NPU := .venv-npu
 test-npu: $(NPU)/installed
 	LMCACHE_ASCEND="$(LMCACHE_ASCEND)" $(NPU)/bin/python -m pytest tests/npu
 
-# LMCache as NPUs have it, before .venv's; vLLM and vllm-ascend unpacked. Nothing of CUDA, nothing compiled.
+# The LMCache version for NPUs takes precedence over that of .venv. vLLM and vllm-ascend are only unpacked.
 PINNED = $(shell grep -o '^$(1)==[^ ]*' requirements/npu.txt)
 NPU_PIP = $(BIN)/pip --python $(NPU)/bin/python
 VLLM_NPU := $(shell grep -o 'vllm@v[0-9.]*[0-9]' requirements/npu.txt | cut -dv -f3)
@@ -100,7 +100,7 @@ $(NPU)/installed: .venv/dev requirements/npu.txt
 	$(NPU)/bin/python -m zipfile -e $(NPU)/vllm_ascend-*.whl $(NPU)/vllm-ascend
 	touch $@
 
-# The demo's model, trained again: 45 seconds on an H100, far longer on CPUs.
+# Train the demo's model again: 45 seconds on an H100, far longer on CPUs.
 tiny-model: .venv/installed
 	$(BIN)/python dev/train_tiny_model.py
 
@@ -109,8 +109,8 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/shellcheck *.sh .ci/run
 
-# What the GPU launchers rely on, in exactly the packages of each GPU file (no GPU needed; 12 GB of disk and downloads,
-# 5 minutes each). One environment at a time: the second takes the place of the first. What it checks: tests/gpu.
+# Tests of the GPU launchers (tests/gpu), with the exact packages of each GPU file. They need no GPU, 12 GB of disk and
+# downloads, and 5 minutes for each file. The second environment replaces the first.
 GPU := .venv-gpu
 GPU_FILES := gpu gpu-verl
 test-gpu-install: $(UV)
@@ -129,15 +129,15 @@ test-gpu-file: $(UV)
 	$(call GPU_UV,install) -q --no-deps --target $(GPU)/test $(call DEV,hypothesis) $(call DEV,pytest)
 	PYTHONPATH=$(CURDIR)/$(GPU)/test GPU_FILE=$(FILE) $(GPU)/bin/python -m pytest -v tests/gpu
 
-# uv alone, the version that made the locks.
+# uv in its own environment, in the version that made the locks.
 DEV = $(shell grep -o '^$(1)==[^ ]*' requirements/dev.txt)
 $(UV): requirements/dev.txt
 	$(PYTHON) -m venv .venv-uv
 	.venv-uv/bin/pip install -q $(call DEV,uv)
 	touch $@
 
-# The locks, after a change of a .in; what is pinned stays, unless: make lock UPGRADE=--upgrade. A lock keeps its header.
-# CPU: any Linux; torch's CPU build where pip finds it. What is left out is CUDA's, or does not load with that build.
+# Update the locks after a change of a .in file. Pins stay, except with: make lock UPGRADE=--upgrade. Headers stay too.
+# The CPU lock is for any Linux, with torch's CPU build if pip finds it. LEFT_OUT needs CUDA or does not load with it.
 LEFT_OUT := torchvision torchaudio torchcodec cupy-cuda13x cuda-python cuda-core cuda-bindings cuda-pathfinder \
   cufile-python nvtx nixl-cu13
 LOCK_cpu := --universal $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(addprefix --no-emit-package ,$(LEFT_OUT))

@@ -1,4 +1,4 @@
-"""`kvshare server`, and `kvshare services`: start, look at and end what a backend needs on this host."""
+"""`kvshare server`, and `kvshare services`, which starts, checks and ends the service of a backend on this host."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kvshare.services import background
 from kvshare.services.health import NotStarted
 
 app = typer.Typer()
-services = typer.Typer(no_args_is_help=True, help="Start, look at and end what a backend needs on this host.")
+services = typer.Typer(no_args_is_help=True, help="Start, check and end the service of a backend on this host.")
 app.add_typer(services, name="services")
 
 
-Folder = Annotated[Path, typer.Option("--folder", help="For state and logs.")]
+Folder = Annotated[Path, typer.Option("--folder", help="Folder for state and logs.")]
 Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all of this host's.")]
 HERE = Path("outputs/services")
 LOOPBACK = "127.0.0.1"
@@ -32,9 +32,9 @@ def up(
     host: Host = LOOPBACK,
     folder: Folder = HERE,
     as_json: Json = False,
-    arguments: Annotated[list[str] | None, typer.Argument(help="-- and arguments of the service itself.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="-- and arguments for the service.")] = None,
 ) -> None:
-    """Start it, wait until it is healthy, print what to export; what is up stays: eval "$(kvshare services up …)"."""
+    """Start the service, or keep a healthy one, and print what to export: eval "$(kvshare services up …)"."""
     try:
         started = background.up(backend, host, folder, arguments or [])
     except NotStarted as failed:
@@ -44,14 +44,14 @@ def up(
 
 @services.command()
 def down(backend: BackendOption, folder: Folder = HERE) -> None:
-    """End what up started, also what a crash has left."""
+    """End what up has started, including what a crash has left."""
     ended = background.down(backend, folder)
     print(f"{ended.service} (pid {ended.pid}) has ended" if ended else f"nothing is up in {folder}")
 
 
 @services.command()
 def status(backend: BackendOption, folder: Folder = HERE, as_json: Json = False) -> None:
-    """Is it healthy? Prints what up printed; exit code 1 if it is not."""
+    """Print the variables again, and whether the service is healthy. If it is not, the exit code is 1."""
     started = background.read(backend, folder)
     if started is None:
         print("{}" if as_json else f"nothing is up in {folder}")
@@ -68,7 +68,7 @@ def _failed(failed: NotStarted) -> typer.Exit:
 
 
 def _print(started: background.Started, as_json: bool) -> bool:
-    """Returns whether it is healthy."""
+    """Print state and variables of a service; return whether it is healthy."""
     try:
         where, health = started.check(), "healthy"
     except UserError as error:
@@ -88,9 +88,9 @@ def server(
     host: Annotated[str, typer.Argument(help="Where to listen.")] = "localhost",
     port: Annotated[str, typer.Argument()] = "65432",
     memory: Annotated[str, typer.Option(metavar="GIB", help="How much KV to keep.")] = "8",
-    status: Annotated[Path | None, typer.Option(help="JSON file to keep counts in: bytes, entries, evicted…")] = None,
+    status: Annotated[Path | None, typer.Option(help="JSON file of counters: bytes, entries, evicted…")] = None,
 ) -> None:
-    """lmcache_server with a bound: when its memory is full, the least recently used KV goes."""
+    """lmcache_server with a memory limit. When it is full, the least recently used KV is evicted."""
     from kvshare.services import lm_server as servers
 
     servers.serve(host, _port(port), _bytes(memory), status)

@@ -1,1 +1,1 @@
-"""What everything rests on and nothing of ours below it: policy ids, versions, LMCache's settings, errors."""
+"""Basics that every other package may import: policy ids, versions, LMCache settings, ports, errors."""

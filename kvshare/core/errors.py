@@ -1,5 +1,5 @@
-"""Errors the user can mend: shown as one line, exit code 2."""
+"""Errors that the user can fix. The command line prints them as one line and exits with code 2."""
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line."""
+    """One line that says what is wrong, where, and what to do."""

@@ -1,4 +1,4 @@
-"""What is about to start."""
+"""Describes the training job that preflight and forecast look at."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kvshare.core.errors import UserError
 
 @dataclass
 class Job:
-    """A training that checks look at, and what they found out about it.
+    """A training job, with what the checks have found out about it so far.
 
     Args:
-        backend: a key of ``BACKENDS``.
+        backend: key of ``BACKENDS``.
         device: cuda, npu or cpu.
         hydra_args: arguments of ``verl.trainer.main_ppo``.
     """
@@ -22,10 +22,10 @@ class Job:
     backend: str
     device: str
     hydra_args: list[str]
-    config: Any = None  # verl's composed config, from config()
-    lmcache: Any = None  # LMCache's own config object, from settings()
-    forecast: Any = None  # launch.forecast.Forecast, from forecast()
-    facts: dict[str, str] = field(default_factory=dict)  # by name of a check: what its row says when all is well
+    config: Any = None  # verl's composed config, set by the check config()
+    lmcache: Any = None  # LMCache's config object, set by the check settings()
+    forecast: Any = None  # launch.forecast.Forecast, set by the check forecast()
+    facts: dict[str, str] = field(default_factory=dict)  # name of a check -> text of its row if it passes
 
     @property
     def rollout(self) -> Any:
@@ -33,7 +33,7 @@ class Job:
 
     @property
     def shares(self) -> bool:
-        """False for a baseline: ``kv_transfer_config=null`` was asked for."""
+        """False for a baseline run, which sets ``kv_transfer_config=null``."""
         return self.rollout.engine_kwargs.vllm.get("kv_transfer_config", "missing") is not None
 
     @property
@@ -45,15 +45,15 @@ class Job:
         return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node // self.world_size
 
     def hydra(self) -> tuple[str, str, list[str]]:
-        """Config folder, config name and overrides.
+        """Split ``hydra_args`` into config folder (absolute), config name and overrides.
 
         Raises:
-            UserError: one of the first two is missing.
+            UserError: --config-dir or --config-name is missing.
         """
         rest, options = list(self.hydra_args), {}
         for option in ("--config-dir", "--config-name"):
             if option not in rest[:-1]:
-                raise UserError(f"the arguments of verl.trainer.main_ppo go after --; {option} is missing there")
+                raise UserError(f"{option} is missing: give the arguments of verl.trainer.main_ppo after --")
             at = rest.index(option)
             options[option] = rest[at + 1]
             del rest[at : at + 2]
@@ -61,7 +61,8 @@ class Job:
 
 
 def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
     if error.__cause__ is not None and type(error).__name__ == "InstantiationException":
-        error = error.__cause__  # Hydra's own says only what it was calling
+        error = error.__cause__  # Hydra's message only names the function it called
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".:") if lines else type(error).__name__

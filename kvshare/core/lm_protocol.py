@@ -1,17 +1,17 @@
-"""The two messages of LMCache's ``lm://`` protocol (lmcache/v1/protocol.py).
+"""Packs and unpacks the two messages of LMCache's ``lm://`` protocol (lmcache/v1/protocol.py).
 
-Written out here because importing LMCache takes ten seconds, and 300 MB for torch.
+The formats are repeated here because importing LMCache takes ten seconds, and 300 MB of memory for torch.
 """
 
 from __future__ import annotations
 
 import struct
 
-REQUEST = struct.Struct("9i150s")  # command, length, format, dtype, location, 4 of shape, key
-REPLY = struct.Struct("9i")  # code, length, format, dtype, 4 of shape, location
+REQUEST = struct.Struct("9i150s")  # command, length, format, dtype, location, shape (4), key
+REPLY = struct.Struct("9i")  # code, length, format, dtype, shape (4), location
 PUT, GET, EXIST, HEALTH = 1, 2, 3, 5
 SUCCESS, FAIL = 200, 400
-NO_DATA = (0, 1, 2, 0, 0, 0, 0, 0)  # the rest of a reply without data, as LMCache's server fills it
+NO_DATA = (0, 1, 2, 0, 0, 0, 0, 0)  # fields after the code in a reply without data, as LMCache's server sends it
 
 HEALTH_REQUEST = REQUEST.pack(HEALTH, 0, 1, 2, 0, 0, 0, 0, 0, b"kvshare@1@0@0@half".ljust(150))
-"""Asks an ``lm://`` server whether it is healthy."""
+"""Health request to an ``lm://`` server, the same bytes that LMCache's client sends."""

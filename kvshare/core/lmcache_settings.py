@@ -1,7 +1,7 @@
-"""LMCache's settings as its processes will see them, with every mistake found before they do.
+"""Reads LMCache's settings from file and environment, and finds mistakes in them before a run starts.
 
-LMCache itself warns about an unknown key in a log, turns a bad value into None, and shows a
-traceback for a file that is missing or no YAML.
+LMCache itself is less strict: it logs a warning for an unknown key, turns a bad value into None, and fails with a
+traceback if the file is missing or not YAML.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import yaml
 from kvshare.core.errors import UserError
 
 NOT_SETTINGS = {"LMCACHE_CONFIG_FILE", "LMCACHE_LOG_LEVEL", "LMCACHE_TRACK_USAGE", "LMCACHE_FORCE_SKIP_SAVE"}
-"""Environment variables of LMCache that are not keys of the config file."""
+"""Environment variables of LMCache that do not correspond to a key of the config file."""
 
 
 def path(environ: typing.Mapping[str, str]) -> str | None:
-    """Of the config file: LMCache reads one name, launchers and users may give the other."""
+    """Path of the config file. LMCache reads only the second name; launchers and users may set the first."""
     return environ.get("LMCache_CONFIG_FILE") or environ.get("LMCACHE_CONFIG_FILE")
 
 
 def read(path: str | None) -> dict[str, Any]:
-    """The keys of a config file.
+    """Read a config file.
 
     Raises:
-        UserError: it is missing, not YAML or not a mapping.
+        UserError: the file is missing, not YAML, or not a mapping.
     """
     if not path:
         raise UserError("LMCACHE_CONFIG_FILE is not set: export it as the path of the LMCache YAML")
@@ -40,19 +40,19 @@ def read(path: str | None) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"LMCache config {file}{where} is not YAML: mend it or start from config/") from None
+        raise UserError(f"LMCache config {file}{where} is not YAML: correct it, or start from config/") from None
     if not isinstance(settings, dict):
         raise UserError(f"LMCache config {file} is not a mapping of keys to values: start from config/")
     return settings
 
 
 def mistakes(settings: dict[str, Any], definitions: dict[str, dict[str, Any]], file: str) -> list[str]:
-    """One line for each key LMCache does not know or value of the wrong type.
+    """One line for each key that LMCache does not know and each value of the wrong type.
 
     Args:
-        settings: keys of the config file.
-        definitions: LMCache's own: ``type`` by key.
-        file: name of the config file, for the message.
+        settings: content of the config file.
+        definitions: as ``definitions()`` returns them.
+        file: name of the config file, for the messages.
     """
     out = []
     for key, value in settings.items():
@@ -69,14 +69,14 @@ def mistakes(settings: dict[str, Any], definitions: dict[str, dict[str, Any]], f
 
 
 def environment_mistakes(environ: typing.Mapping[str, str], definitions: dict[str, dict[str, Any]]) -> list[str]:
-    """The same for ``LMCACHE_<KEY>`` in the environment."""
+    """One line for each ``LMCACHE_<KEY>`` in ``environ`` whose value has the wrong type."""
     out = []
     for name, text in environ.items():
         if not name.startswith("LMCACHE_") or name in NOT_SETTINGS:
             continue
         definition = definitions.get(name.removeprefix("LMCACHE_").lower())
         if definition is None:
-            continue  # other parts of LMCache have variables of their own
+            continue  # other parts of LMCache read further variables
         wanted = type_name(definition["type"])
         if wanted.startswith("a list") and text.strip().startswith("["):
             out.append(f"{name}={text}: LMCache ignores a list in brackets: write it comma-separated without them")
@@ -89,10 +89,10 @@ def environment_mistakes(environ: typing.Mapping[str, str], definitions: dict[st
 
 
 def effective(path: str | None) -> Any:
-    """LMCache's own config object for a file and the environment.
+    """LMCache's config object, built from a file and the environment. The environment takes precedence.
 
     Raises:
-        UserError: LMCache refuses the combination.
+        UserError: LMCache rejects the combination.
     """
     from lmcache.v1.config import LMCacheEngineConfig
 
@@ -103,7 +103,7 @@ def effective(path: str | None) -> Any:
         except ValueError:
             if config.lmcache_worker_ports:
                 raise
-            config.lmcache_worker_ports = [0]  # where LMCache demands a port, p2p_identity finds a free one
+            config.lmcache_worker_ports = [0]  # p2p_identity picks free ports later; LMCache wants one now
             config.validate()
             config.lmcache_worker_ports = []
         return config
@@ -112,7 +112,7 @@ def effective(path: str | None) -> Any:
 
 
 def definitions() -> dict[str, dict[str, Any]]:
-    """The installed LMCache's own keys and types."""
+    """Keys of the installed LMCache, with ``type`` and ``env_converter`` of each; aliases included."""
     from lmcache.v1 import config
 
     known = dict(config._CONFIG_DEFINITIONS)
@@ -122,7 +122,7 @@ def definitions() -> dict[str, dict[str, Any]]:
 
 
 def fits(value: Any, wanted: Any) -> bool:
-    """Whether a YAML value is of a type annotation such as Optional[list[int]]."""
+    """Whether a YAML value matches a type annotation such as Optional[list[int]]."""
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option) for option in typing.get_args(wanted))
@@ -140,7 +140,7 @@ def fits(value: Any, wanted: Any) -> bool:
 
 
 def _is_list_in_text(value: Any, definition: dict[str, Any]) -> bool:
-    """LMCache also takes a list as comma-separated text."""
+    """Whether ``value`` is a list written as comma-separated text, which LMCache accepts."""
     if not isinstance(value, str) or not type_name(definition["type"]).startswith("a list"):
         return False
     try:
@@ -150,7 +150,7 @@ def _is_list_in_text(value: Any, definition: dict[str, Any]) -> bool:
 
 
 def type_name(wanted: Any) -> str:
-    """A type annotation in words."""
+    """A type annotation in words, e.g. "a list of integers"."""
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(t) for t in typing.get_args(wanted) if t is not type(None))

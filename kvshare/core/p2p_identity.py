@@ -1,8 +1,8 @@
-"""One LMCache YAML for all P2P replicas: each gets an instance id, ports and an address of its own.
+"""Gives each P2P replica its own instance id, ports and address, so that all can share one LMCache YAML.
 
-LMCache indexes its port lists by worker rank, which starts at 0 in every replica, and its controller
-never sends an instance to itself: with one YAML the second replica cannot bind its ports, and
-replicas that share an instance id never hit each other.
+LMCache indexes its port lists by worker rank, which starts at 0 in every replica. With one YAML the second replica
+could not bind its ports. LMCache's controller never points an instance to itself, so replicas with the same instance
+id would never find each other's KV.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_ports(config: Mapping[str, Any], replicas: int, world_size: int) -> No
     """Raise TooFewPorts unless each list has one port for every worker of every replica.
 
     Args:
-        config: LMCache settings by name; an empty list means that free ports are picked at start.
+        config: LMCache settings by name. For an empty list free ports are picked at start.
         replicas: rollout replicas in the job.
         world_size: workers of one replica (tensor-parallel size).
     """
@@ -40,19 +40,19 @@ def check_ports(config: Mapping[str, Any], replicas: int, world_size: int) -> No
 def identity(
     config: Mapping[str, Any], replica: int, world_size: int, address: str, free_port: Callable[[], int]
 ) -> dict[str, str]:
-    """LMCache environment overrides that give a replica its own instance id, ports and address.
+    """Environment variables that give a replica its own instance id, ports and address in LMCache.
 
-    The id is another one at each start: the controller would go on sending others to a namesake that died.
+    The id is new at each start. With a reused id the controller would keep pointing others to the replica that died.
 
     Args:
         config: LMCache settings by name.
         replica: rank of the replica in the job, from 0.
         world_size: workers of one replica.
-        address: where the other replicas reach this one, if ``p2p_host`` is this host only.
-        free_port: finds one for each worker where a list is empty.
+        address: where other replicas reach this one; used if ``p2p_host`` is a loopback address.
+        free_port: picks a port; called once for each worker if a list is empty.
 
     Raises:
-        TooFewPorts: a list ends before this replica's slice.
+        TooFewPorts: a list is too short for this replica.
     """
     check_ports(config, replica + 1, world_size)
     own = slice(replica * world_size, (replica + 1) * world_size)

@@ -1,9 +1,8 @@
-"""What makes KV of one set of weights unfindable under another: policy ids and the keys they make.
+"""Makes policy ids and cache keys, so that KV of one version of the weights is never found under another.
 
-A *policy* is one version of the weights. Its id travels with each request as an LMCache request
-config (``TAG``) and as vLLM's ``cache_salt``, and is folded into every LMCache chunk hash. Folding,
-rather than LMCache's own ``lmcache.tag.*`` suffix, because the P2P controller matches on the bare
-chunk hash and ``lm://`` allows 150 characters for the whole key.
+A *policy* is one version of the weights. Its id travels with each request, as an LMCache request config (``TAG``) and
+as vLLM's ``cache_salt``. It is folded into every LMCache chunk hash. LMCache's own ``lmcache.tag.*`` key suffix is not
+enough: the P2P controller compares only chunk hashes, and an ``lm://`` key may have at most 150 characters.
 
 Pure functions, no I/O.
 """
@@ -19,16 +18,16 @@ TAG = "lmcache.tag.policy"
 ``SamplingParams.extra_args["kv_transfer_params"]``."""
 
 STAMPED_AT = "kvshare.stamped_at"
-"""Beside it: when that was, Unix time. A request may be on its way into the engine while the weights change."""
+"""Request config with the Unix time at which the policy id was set. The weights may change before it arrives."""
 
 PRIVATE = "private-"
 
 MAX_MODEL_NAME = 64
-"""Characters of a model name left as they are in a key; with it every lm:// key is far below 150."""
+"""Longest model name that is put into a key unchanged. It keeps every lm:// key well below 150 characters."""
 
 
 def new_run() -> str:
-    """Id of a training run: 16 random hex digits. Whoever starts the replicas draws it, once, for all of them."""
+    """Id of a training run: 16 random hex digits. The process that starts the replicas draws one for all of them."""
     return uuid4().hex[:16]
 
 
@@ -38,12 +37,12 @@ def policy_id(run: str, step: int) -> str:
 
 
 def private_policy() -> str:
-    """A policy nobody else has: KV stored under it is found by no other request or process."""
+    """A unique policy id. KV stored under it cannot be found by other requests or processes."""
     return f"{PRIVATE}{uuid4().hex}"
 
 
 def is_private(policy: str) -> bool:
-    """Whether ``private_policy`` made it."""
+    """Whether a policy id was made by ``private_policy``."""
     return policy.startswith(PRIVATE)
 
 
@@ -52,7 +51,7 @@ def fold(chunk_hash: int, policy: str) -> int:
 
     Args:
         chunk_hash: LMCache's prefix hash of the chunk (any integer).
-        policy: policy id; the empty string leaves the hash as it is.
+        policy: policy id; an empty string leaves the hash unchanged.
     """
     if not policy:
         return chunk_hash
@@ -61,21 +60,20 @@ def fold(chunk_hash: int, policy: str) -> int:
 
 
 def salt(policy: str, cache_salt: str) -> str:
-    """vLLM's ``cache_salt`` under a policy, in what LMCache's multi-process server allows: 128 characters, no ``@/\\``.
+    """vLLM's ``cache_salt`` under a policy. LMCache's multi-process server allows 128 characters, without ``@/\\``.
 
     Args:
         policy: policy id.
-        cache_salt: the request's own; the empty string is none.
+        cache_salt: salt that the request came with; an empty string if none.
     """
     digest = hashlib.sha256(repr((policy, cache_salt)).encode()).hexdigest()[:16]
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', policy)[:64]}-{digest}"
 
 
 def key_model_name(name: str) -> str:
-    """The model name to put into a cache key: ``name`` itself, or a short stand-in for it.
+    """The model name to put into a cache key: ``name``, or the end of it with a digest of the whole.
 
-    A name with ``@`` breaks lmcache_server's key parser, and a long path overruns lm://'s 150
-    characters; both become the end of the path and a digest of the whole.
+    A name with ``@`` would break lmcache_server's key parser. A long path would exceed lm://'s 150 characters.
     """
     if len(name) <= MAX_MODEL_NAME and "@" not in name:
         return name

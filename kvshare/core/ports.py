@@ -1,4 +1,4 @@
-"""Ports and addresses of this host."""
+"""Finds free ports, ports that other hosts can reach, and the address of this host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvshare.core.errors import UserError
 
 
 def exposed(ports: set[int]) -> list[tuple[str, int]]:
-    """Which of these ports of this machine can be reached from others, and where they listen."""
+    """Those of ``ports`` that other hosts can reach, as (address, port), sorted by port."""
     listening = {c.laddr for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr}
     found = [(a.ip, a.port) for a in listening if a.port in ports and not ipaddress.ip_address(a.ip).is_loopback]
     return sorted(found, key=lambda at: at[1])
@@ -31,19 +31,19 @@ def is_free(host: str, port: int) -> bool:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody uses now."""
+    """A port of 127.0.0.1 that is free now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def free_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
-    """Those wanted where they are free on ``host``, an address of this machine, others where not.
+    """A port for each name: the one wanted if it is free on ``host``, else another free one.
 
     Raises:
-        UserError: it is none.
+        UserError: ``host`` is not an address of this machine.
     """
-    with contextlib.ExitStack() as bound:  # until all are found: they must differ
+    with contextlib.ExitStack() as bound:  # stay bound until all are found, so that they differ
         found = {}
         for name, port in wanted.items():
             s = bound.enter_context(socket.socket())
@@ -57,10 +57,10 @@ def free_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
 
 
 def own_address() -> str:
-    """The address of this host on the way to others; no packet is sent."""
+    """The address under which other hosts reach this one. No packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
-            s.connect(("192.0.2.1", 9))  # nobody's, RFC 5737
-        except OSError:  # no route: it is alone
+            s.connect(("192.0.2.1", 9))  # an address for documentation, RFC 5737
+        except OSError:  # no route to other hosts
             return "127.0.0.1"
         return s.getsockname()[0]

@@ -1,7 +1,7 @@
-"""Versions that fit together: the one table that requirements/, preflight, the hooks and the docs go by.
+"""The table of package versions that work together, used by requirements/, preflight, the hooks and the docs.
 
-Run whole, with training: cpu.txt on CPU, and gpu-verl.txt with LMCache 0.5.6 built for it on an H100. Of gpu.txt all is
-checked that needs no GPU (``make test-gpu-install``), of npu.txt all that needs no NPU (``make test-npu``).
+Tested with training: cpu.txt on CPU, and gpu-verl.txt with LMCache 0.5.6 built for it on an H100. Tested as far as
+possible without the device: gpu.txt (``make test-gpu-install``) and npu.txt (``make test-npu``).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ Packages = dict[str, str]
 """Version specifier by package."""
 
 MAIN = ("verl", "vllm", "lmcache", "torch", "ray")
-"""Whose versions are named in tables and reports."""
+"""Packages whose versions tables and reports show."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A set of versions that fit together.
+    """A set of versions that work together.
 
     Args:
-        file: in requirements/, the one that installs them.
-        packages: what every run needs.
-        backends: what a backend needs beside them; one that is not listed does not run with these.
-        build: package that must be built for them, and how to say so; the file has its command.
+        file: file in requirements/ that installs them.
+        packages: packages that every run needs.
+        backends: further packages by backend. A backend that is not listed does not run with this set.
+        build: package that must be built from source; the file has the command.
     """
 
     file: str
@@ -41,7 +41,7 @@ TRAINER = {
     **{
         "TransferQueue": "==0.1.11",
         "tensordict": "==0.10.0",
-    },  # verl's V1 trainers import them
+    },  # imported by verl's V1 trainers
 }
 NIXL = {"nixl": "==1.5.*"}
 
@@ -59,8 +59,8 @@ FITS: dict[str, list[Fit]] = {
             {"torch": "==2.13.*", "vllm": "==0.31.*", "lmcache": "==0.5.6", "transformers": "==5.10.*", **TRAINER},
             {"remote": {}, "p2p": NIXL, "mp": {}},
         ),
-        # verl's own pins. LMCache's wheels from 0.5.4 on do not load their CUDA code with torch 2.11; before 0.5.6 what
-        # its multi-process server could not give was reported to vLLM as loaded (LMCacheMPWorkerAdapter.get_finished).
+        # verl's own pins. The CUDA code in LMCache's wheels from 0.5.4 on does not load with torch 2.11. Before 0.5.6
+        # the mp connector reports failed loads to vLLM as loaded (LMCacheMPWorkerAdapter.get_finished).
         Fit(
             "gpu-verl.txt",
             {
@@ -72,7 +72,7 @@ FITS: dict[str, list[Fit]] = {
         ),
     ],
     "npu": [
-        # vLLM 0.18 is not one: with transformers < 5, and vllm-ascend's numpy < 2, it excludes verl 0.9.
+        # vLLM 0.18 cannot be used: it needs transformers < 5, its vllm-ascend numpy < 2, and verl 0.9 allows neither.
         Fit(
             "npu.txt",
             {
@@ -92,7 +92,7 @@ FITS: dict[str, list[Fit]] = {
 
 
 def installed(package: str) -> str:
-    """Its version, or "unknown" where it is not installed."""
+    """Version of a package, or "unknown" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -100,20 +100,20 @@ def installed(package: str) -> str:
 
 
 def known(package: str) -> str:
-    """All versions of a package that the table has, e.g. "==0.23.*, ==0.24.*"."""
+    """All versions of a package in the table, e.g. "==0.23.*, ==0.24.*"."""
     fits = [fit for of_device in FITS.values() for fit in of_device]
     rows = [row for fit in fits for row in (fit.packages, *fit.backends.values())]
     return ", ".join(sorted({row[package] for row in rows if package in row}))
 
 
 def problems(device: str, backend: str) -> list[str]:
-    """One line for each package that is missing or does not fit, by the set that is nearest; empty if all do."""
+    """One line for each package that is missing or of a wrong version, compared with the set that is closest."""
     fits = [fit for fit in FITS[device] if backend in fit.backends]
     return min((list(_misfits(fit, backend)) for fit in fits), key=len, default=[])
 
 
 def missing(device: str, backend: str) -> list[str]:
-    """The same for packages that are not there, whatever the versions of the others."""
+    """The lines of ``problems`` about missing packages only."""
     return [line for line in problems(device, backend) if " is missing: " in line]
 
 
@@ -121,12 +121,12 @@ def _misfits(fit: Fit, backend: str) -> Iterator[str]:
     for package, wanted in {**fit.packages, **fit.backends[backend]}.items():
         found = installed(package)
         if found == "unknown":
-            yield f"package {package} is missing: {_cure(fit, package)}"
+            yield f"package {package} is missing: {_fix(fit, package)}"
         elif not SpecifierSet(wanted).contains(found, prereleases=True):
-            yield f"package {package} {found} does not fit the others, {package}{wanted} does: {_cure(fit, package)}"
+            yield f"package {package} {found} does not fit the others, {package}{wanted} does: {_fix(fit, package)}"
 
 
-def _cure(fit: Fit, package: str) -> str:
+def _fix(fit: Fit, package: str) -> str:
     if package == fit.build:
         return f"build it, the command is in requirements/{fit.file}"
     return f"pip install -r requirements/{fit.file}"

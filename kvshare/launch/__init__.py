@@ -1,1 +1,1 @@
-"""From a launcher's arguments to a training that runs: preflight, forecast, processes, the report at the end."""
+"""Turns a launcher's arguments into a running training: preflight, forecast, processes, and the report at the end."""

@@ -1,4 +1,4 @@
-"""Hydra arguments of a run: what a launcher gives, completed with what only this machine can tell."""
+"""Completes the Hydra arguments of a launcher with settings that depend on this machine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ DATA = ("data.train_files", "data.val_files", "actor_rollout_ref.rollout.router_
 MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 RUNTIME_ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
 ATTENTION = "attention"
-"""Group of config/ with recipes for an attention implementation."""
+"""Config group in config/ with settings for an attention implementation."""
 
 
 def complete(arguments: list[str], device: str, environment: Mapping[str, str]) -> list[str]:
     """Arguments of ``verl.trainer.main_ppo`` with absolute paths, installed attention and Ray's environment.
 
     Args:
-        arguments: as the launcher and the user give them.
+        arguments: arguments from the launcher and the user.
         device: cuda, npu or cpu.
-        environment: for Ray's workers.
+        environment: environment variables for Ray's workers. Those in ``arguments`` take precedence.
     """
     own = [_absolute(argument) for argument in arguments]
     if device == "cuda" and not has_flash_attention() and not any(_key(a) == ATTENTION for a in own):
@@ -32,23 +32,23 @@ def complete(arguments: list[str], device: str, environment: Mapping[str, str]) 
 
 
 def has_flash_attention() -> bool:
-    """Whether verl's default attention can be had: flash-attn is on PyPI as source only, so no lock names it."""
+    """Whether flash-attn, verl's default, is installed. PyPI has it as source only, so no lock file includes it."""
     return find_spec("flash_attn") is not None
 
 
 def quote(text: str) -> str:
-    """A value for Hydra, whatever characters it has (hydra.cc, "Quoted values")."""
+    """Quote any text as a value for Hydra (hydra.cc, "Quoted values")."""
     escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + r"\'", text)
     return "'" + re.sub(r"\\+$", lambda found: found[0] * 2, escaped) + "'"
 
 
 def _absolute(argument: str) -> str:
-    """Ray's workers have working directories of their own, so a path must be absolute."""
+    """Make a path absolute, because Ray's workers have other working directories."""
     key, _, value = argument.partition("=")
     name, path = key.lstrip("+"), value[1:-1] if value[:1] + value[-1:] in ("''", '""') else value
     if not path or path.startswith(("[", "null", "None")) or name not in (*DATA, *MODELS):
         return argument
-    local = name in DATA or Path(path).expanduser().exists()  # else a name on the hub
+    local = name in DATA or Path(path).expanduser().exists()  # otherwise it is a name on the hub
     return f"{key}={quote(os.path.abspath(Path(path).expanduser()) if local else path)}"
 
 

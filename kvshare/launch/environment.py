@@ -1,4 +1,4 @@
-"""The environment that every process of a run needs, on every node."""
+"""Builds the environment that every process of a run needs, on every node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvshare.core import lmcache_settings
 from kvshare.record.event_log import RUN_DIR
 
 PASSED_ON = re.compile("(LMCACHE|LMCache|VLLM|VERL|UCX|NCCL|KVSHARE)_.+|PYTHONHASHSEED")
-"""What the caller has set for the programs of a run. Workers of a Ray cluster that is up already inherit nothing."""
+"""The caller's variables to pass on. Workers of a Ray cluster that is already up do not inherit them."""
 
 VERL_PLUGIN = "kvshare.verl_plugin"
 MODULES = "VERL_USE_EXTERNAL_MODULES"
@@ -24,7 +24,7 @@ DEVICE: dict[str, dict[str, str]] = {
         "VERL_ENGINE_DEVICE": "cuda",  # verl 0.9.1 registers its FSDP engines for cuda and npu only
         "TORCHDYNAMO_DISABLE": "1",
         "RAY_raylet_start_wait_time_s": "300",
-        "RAY_prestart_worker_first_driver": "false",  # else one idle worker for each of the CPUs Ray is told of
+        "RAY_prestart_worker_first_driver": "false",  # otherwise Ray starts one idle worker per CPU in num_cpus
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     },
@@ -32,12 +32,12 @@ DEVICE: dict[str, dict[str, str]] = {
 
 
 def of_run(device: str, run: Path, caller: Mapping[str, str]) -> dict[str, str]:
-    """Variables for the driver, Ray's workers and the engines; those of ``caller`` that concern them among them.
+    """Variables for the driver, Ray's workers and the engines, including those of the caller that match PASSED_ON.
 
     Args:
         device: cuda, npu or cpu.
         run: folder of the run.
-        caller: the environment of who launches it.
+        caller: environment of the process that launches the run.
     """
     config = os.path.abspath(lmcache_settings.path(caller) or "")
     modules = [*filter(None, caller.get(MODULES, "").split(",")), VERL_PLUGIN]

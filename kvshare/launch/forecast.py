@@ -1,9 +1,9 @@
-"""How much of a run's prompts can be shared, before it starts. Pure arithmetic, no I/O.
+"""Forecasts how many prompt tokens of a run can be shared, before it starts. Pure arithmetic, no I/O.
 
-With the router each chunk that prompts of a step have in common is computed once. Each other replica that gets a
-request for it loads it, once: its own prefix cache serves the rest. A chunk that m requests have in common is
-therefore loaded min(R, m) - 1 times with R replicas; placing by load sends m requests to as many different replicas
-as there are, or very nearly (docs/routing.md). With no more answers than replicas it is an upper bound.
+With the router one replica computes each chunk that the requests of a step have in common. Every other replica that
+gets such a request loads the chunk once, and serves later requests from its own prefix cache. Placement by load spreads
+m requests over min(R, m) of R replicas, or nearly so (docs/routing.md). So the chunk is loaded min(R, m) - 1 times.
+With no more answers per prompt than replicas this is an upper bound.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ Step = Sequence[list[int]]
 """The prompts of one training step, as token ids."""
 
 CHUNK_SIZES = (512, 256, 128, 64, 32, 16)
-"""What a verdict may propose instead."""
+"""Chunk sizes that a verdict may propose."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the arithmetic needs to know of a run.
+    """The facts about a run that the forecast needs.
 
     Args:
         replicas: rollout replicas.
-        samples: answers to each prompt (``rollout.n``).
-        chunk_size: tokens that LMCache stores as one entry.
-        block_size: tokens in a block of vLLM's own prefix cache.
-        token_bytes: of KV of one token, over all ranks of a replica.
-        routed: kvshare's router is used; with verl's own, replicas compute the same prompt at the same time.
+        samples: answers per prompt (``rollout.n``).
+        chunk_size: tokens per LMCache chunk.
+        block_size: tokens per block of vLLM's prefix cache.
+        token_bytes: bytes of KV per token, over all ranks of a replica.
+        routed: whether kvshare's router is used. With verl's own router nothing is shared, because replicas compute the
+            same prompt at the same time.
     """
 
     replicas: int
@@ -46,13 +47,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt, over the prompts looked at."""
+    """Statistics of the prompt lengths, in tokens."""
 
     mean: float
     median: float
     p95: float
     longest: int
-    fill_a_chunk: int  # prompts
+    fill_a_chunk: int  # prompts of at least chunk_size tokens
 
     @classmethod
     def of(cls, prompts: Sequence[list[int]], chunk_size: int) -> Lengths:
@@ -63,23 +64,23 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Means over the steps looked at; tokens are prompt tokens of all samples.
+    """What a step shares and stores: means over some steps. Prompt tokens count once per sample.
 
-    ``shareable_tokens_a_step``: loaded from another replica. ``local_tokens_a_step``: found by a replica in its
-    own prefix cache. The rest is computed. In a conversation of several turns they are those of its first prompt:
-    later turns stay with their replica, and what it has of them is local, too.
+    ``shareable_tokens_a_step`` are loaded from another replica. ``local_tokens_a_step`` are local hits. The others are
+    computed. Of a conversation with several turns only the first prompt counts: later turns stay on their replica, so
+    their earlier tokens are local hits.
     """
 
-    prompts: int  # looked at
-    of: int  # in the data
-    steps: int  # looked at
+    prompts: int  # prompts that the forecast is based on
+    of: int  # prompts in the data
+    steps: int  # steps that the forecast is based on
     lengths: Lengths
     recipe: Recipe
     prompt_tokens_a_step: int
     shareable_tokens_a_step: int
     local_tokens_a_step: int
     stored_bytes_a_step: int
-    elsewhere: dict[int, float]  # shareable share of the prompt tokens, by other chunk sizes
+    elsewhere: dict[int, float]  # other chunk size -> fraction of prompt tokens that are shareable
 
     @property
     def share(self) -> float:
@@ -87,16 +88,16 @@ class Forecast:
 
     @property
     def _at_most(self) -> str:
-        """Two answers may be placed on one replica: with more answers than replicas others make up for it."""
+        """Marks an upper bound: with few answers per prompt some replicas may get none of them."""
         return "at most " if self.share >= 0.0005 and self.recipe.samples <= self.recipe.replicas else ""
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence, with a proposal if little can be shared."""
         recipe = self.recipe
         head = f"{self._at_most}{self.share:.1%} of prompt tokens can be shared with chunk_size {recipe.chunk_size}"
         if recipe.replicas == 1:
-            return f"{head}: one replica has nobody to share with; try more devices"
+            return f"{head}: one replica has no other to share with; try more devices"
         if not recipe.routed:
             return f"{head}: verl's own router has all replicas compute a prompt at once; try ROUTER=config/router.yaml"
         better = self._better_chunk_size()
@@ -115,14 +116,14 @@ class Forecast:
         )
 
     def _better_chunk_size(self) -> int | None:
-        """The largest with at least half of what the best could share, if this one has not."""
+        """Largest chunk size that shares at least half as much as the best one; None if the current one does."""
         best = max(self.elsewhere.values(), default=0.0)
         if self.share >= best / 2:
             return None
         return max(size for size, share in self.elsewhere.items() if share >= best / 2)
 
     def facts(self) -> dict[str, str]:
-        """In words."""
+        """Rows of the forecast's table: label -> text."""
         lengths, total = self.lengths, self.prompt_tokens_a_step
         computed = total - self.shareable_tokens_a_step - self.local_tokens_a_step
         elsewhere = ", ".join(f"{size}: {share:.1%}" for size, share in self.elsewhere.items())
@@ -141,7 +142,7 @@ class Forecast:
         }
 
     def record(self) -> dict[str, Any]:
-        """For ``run.json``."""
+        """The part that goes into ``run.json``."""
         names = ("shareable_tokens_a_step", "local_tokens_a_step", "stored_bytes_a_step")
         return {**{name: getattr(self, name) for name in names}, "verdict": self.verdict}
 
@@ -150,11 +151,11 @@ class Forecast:
 
 
 def forecast(steps: Sequence[Step], recipe: Recipe, of: int) -> Forecast:
-    """What a step of a run shares and stores.
+    """Forecast what a step of a run shares and stores.
 
     Args:
-        steps: prompts of some of its steps.
-        of: prompts in the data.
+        steps: prompts of some steps.
+        of: number of prompts in the data.
     """
     prompts = [prompt for step in steps for prompt in step]
     shared, stored, local = zip(*(_count(step, recipe) for step in steps), strict=True)
@@ -175,9 +176,9 @@ def forecast(steps: Sequence[Step], recipe: Recipe, of: int) -> Forecast:
 
 
 def _count(step: Step, recipe: Recipe) -> tuple[int, int, int]:
-    """Tokens loaded from another replica, tokens stored, tokens found in a replica's own prefix cache."""
+    """Tokens of a step loaded from another replica, tokens stored, and tokens of local hits."""
     stored = len(_requests(step, recipe, recipe.chunk_size)) * recipe.chunk_size
-    # vLLM computes the last token of a prompt in any case.
+    # vLLM always computes the last token of a prompt.
     blocks = _requests([prompt[:-1] for prompt in step], recipe, recipe.block_size)
     local = sum(requests - min(recipe.replicas, requests) for requests in blocks.values()) * recipe.block_size
     return _shared(step, recipe, recipe.chunk_size), stored, local
@@ -191,7 +192,7 @@ def _shared(step: Step, recipe: Recipe, chunk_size: int) -> int:
 
 
 def _requests(prompts: Iterable[list[int]], recipe: Recipe, size: int) -> Counter[str]:
-    """How many requests of a step have each chunk of ``size`` tokens, and all before it."""
+    """Number of requests of a step for each prefix that ends with a chunk of ``size`` tokens, by digest."""
     return Counter(
         {
             digest: count * recipe.samples
@@ -201,7 +202,7 @@ def _requests(prompts: Iterable[list[int]], recipe: Recipe, size: int) -> Counte
 
 
 def kv_bytes(model: dict[str, Any], dtype_bytes: int = 2) -> int:
-    """Bytes of KV a token over all layers, from a Hugging Face ``config.json``."""
+    """Bytes of KV per token over all layers, given a Hugging Face ``config.json``."""
     if "kv_lora_rank" in model:  # multi-head latent attention: one latent vector for K and V
         return model["num_hidden_layers"] * (model["kv_lora_rank"] + model["qk_rope_head_dim"]) * dtype_bytes
     heads = model["num_attention_heads"]

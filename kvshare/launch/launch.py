@@ -1,4 +1,4 @@
-"""``kvshare launch``, which every launcher becomes: services, preflight, training, ending, report."""
+"""Runs a training for ``kvshare launch``: service, preflight, training, cleanup, report."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ LOOPBACK = "127.0.0.1"
 
 
 class Launch:
-    """A training that is about to start.
+    """A training to run.
 
     Args:
-        backend: a key of BACKENDS.
+        backend: key of BACKENDS.
         device: cuda, npu or cpu.
         command: ``python3 -m verl.trainer.main_ppo`` and its arguments.
-        caller: the environment of the launcher.
+        caller: environment of the launcher.
 
     Raises:
-        UserError: the command is another one.
+        UserError: the command does not run verl's trainer.
     """
 
     def __init__(self, backend: str, device: str, command: list[str], caller: Mapping[str, str]) -> None:
         if MAIN not in command or "--config-dir" not in command:
-            raise UserError(f"after -- goes: python3 -m {MAIN} --config-dir … --config-name … and overrides")
+            raise UserError(f"give after --: python3 -m {MAIN} --config-dir … --config-name … and overrides")
         self.backend, self.device = backend, device
         at = command.index(MAIN) + 1
         self._verl, self._arguments = command[:at], command[at:]
@@ -50,23 +50,28 @@ class Launch:
         """Environment and command of the training.
 
         Args:
-            exports: where its service is, if it was started here.
+            exports: variables of the service, if it was started here.
         """
         variables = environment.of_run(self.device, self.run_dir, {**self._caller, **exports})
         return variables, [*self._verl, *arguments.complete(self._arguments, self.device, variables)]
 
     def dry_run(self) -> str:
-        """Lines of bash that would do the same."""
+        """The training as lines of bash."""
         variables, command = self.prepare({})
         lines = [f"export {shlex.quote(f'{name}={value}')}" for name, value in variables.items()]
         return "\n".join([*lines, shlex.join(command)])
 
     def run(self, services: bool) -> int:
-        """Exit code of preflight or training; everything that was started has ended.
+        """Run preflight, then the training. Return the first exit code that is not 0, else 0.
+
+        Everything that was started has ended when this returns or raises.
+
+        Args:
+            services: whether to start the backend's service first.
 
         Raises:
             NotStarted: the service did not start.
-            KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came.
+            KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with Processes((MARK, uuid4().hex)) as processes:
@@ -74,22 +79,22 @@ class Launch:
             variables, command = self.prepare(exports)
             check = [sys.executable, "-m", "kvshare", "preflight", "--backend", self.backend, "--device", self.device]
             check += ["--record", str(self.run_dir), "--", *command[len(self._verl) :]]
-            # In a process of its own: what it imports takes gigabytes, and would stay as long as training.
+            # Preflight imports gigabytes. In its own process they are freed before training.
             code = processes.start(check, None, variables).wait() or processes.start(command, None, variables).wait()
         return code if code >= 0 else 128 - code
 
     def _start_service(self, processes: Processes) -> dict[str, str]:
-        needs, log = BACKENDS[self.backend], self.run_dir / f"{self.backend}.log"
-        command, exports = place(needs, LOOPBACK, self.run_dir)
-        where = wait_healthy(needs.service, processes.start(command, log), lambda: needs.check(exports), log)
-        print(f"kvshare launch: {needs.service} is up at {where}; log: {log}", flush=True)
+        backend, log = BACKENDS[self.backend], self.run_dir / f"{self.backend}.log"
+        command, exports = place(backend, LOOPBACK, self.run_dir)
+        where = wait_healthy(backend.service, processes.start(command, log), lambda: backend.check(exports), log)
+        print(f"kvshare launch: {backend.service} is up at {where}; log: {log}", flush=True)
         return exports
 
 
 def write_report(folder: Path) -> dict | None:
-    """The report of a run that has ended; None, with a line that says why, if it cannot be made."""
+    """Write the report of a finished run. If that fails, print why and return None."""
     try:
         return report.write(folder)
-    except Exception as error:  # the training was good, whatever is wrong with its record
+    except Exception as error:  # a failed report must not fail the training
         print(f"kvshare launch: no report: {type(error).__name__}: {error}; kvshare report {folder}", file=sys.stderr)
         return None

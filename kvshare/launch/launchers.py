@@ -1,4 +1,4 @@
-"""The launchers as data: what ``run_qwen_*.sh`` exports and gives to verl, read from their text."""
+"""Reads from the text of ``run_qwen_*.sh`` what a launcher exports and which arguments it gives to verl."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::-((?:[^{}]|\{[^{}]*\})*))?\}|\$(\w+)")  # $
 
 
 def folder() -> Path:
-    """Where the launchers are: the root of a checkout, or where the wheel puts them."""
+    """Folder of the launchers: the root of a checkout, or the folder where the wheel installs them.
+
+    Raises:
+        UserError: neither folder has them.
+    """
     folders = (Path(__file__).resolve().parents[2], Path(sysconfig.get_path("data")) / "share" / "kvshare")
     for found in folders:
         if (found / name("remote", "cuda")).is_file():
@@ -27,12 +31,12 @@ def name(backend: str, device: str) -> str:
 
 
 def read(backend: str, device: str, caller: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What a launcher exports, and the arguments it gives to ``verl.trainer.main_ppo``.
+    """Variables that a launcher exports, and its arguments for ``verl.trainer.main_ppo``.
 
-    It is not run: its assignments and its last command are read, and the variables in them replaced as bash would.
+    The launcher is not run. Its assignments and its last command are parsed, and variables are expanded as in bash.
 
     Args:
-        caller: the environment it would be run in.
+        caller: environment in which the launcher would run.
 
     Raises:
         UserError: there is no launcher for this backend and device.

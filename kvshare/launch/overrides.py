@@ -1,4 +1,4 @@
-"""What of a launcher belongs into somebody's own verl job: ``kvshare overrides``."""
+"""Prints, for ``kvshare overrides``, the part of a launcher that another verl job needs to share KV."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from kvshare.launch import arguments, environment, launchers
 
 SHARING = ("actor_rollout_ref.rollout.", "ray_kwargs.")
-"""Hydra keys that sharing needs; the others of a launcher are model, data and recipe."""
+"""Hydra keys that sharing needs. The other keys of a launcher set model, data and recipe."""
 
 
 def to_paste(backend: str, device: str) -> tuple[dict[str, str], list[str]]:
-    """Environment and Hydra overrides that make somebody's own verl job share."""
+    """Environment variables and Hydra overrides that make a verl job share KV."""
     exports, given = launchers.read(backend, device, os.environ)
     run = Path(os.environ.get("KVSHARE_RUN_DIR") or Path("outputs") / backend).absolute()
     variables = environment.of_run(device, run, {**os.environ, **exports})
@@ -22,7 +22,7 @@ def to_paste(backend: str, device: str) -> tuple[dict[str, str], list[str]]:
 
 
 def as_bash(variables: dict[str, str], overrides: list[str]) -> str:
-    """Lines to paste, or to source."""
+    """Lines of bash to paste or source."""
     lines = [f"export {shlex.quote(f'{name}={value}')}" for name, value in variables.items()]
     lines += ["kvshare_overrides=(", *(f"  {shlex.quote(override)}" for override in overrides), ")"]
     return "\n".join([*lines, '# python3 -m verl.trainer.main_ppo …your arguments… "${kvshare_overrides[@]}"'])

@@ -1,16 +1,15 @@
-"""What one replica shared, as it happens: a JSON-lines file.
+"""Writes and reads the event log: a JSON-lines file per replica with what it stored and loaded.
 
-Lines of the file (``report.py`` reads them; tokens are counts, keys are LMCache chunk hashes):
+Each line has ``time`` (Unix seconds), ``replica`` and the fields below. Keys are LMCache chunk hashes:
 
 * ``{"op": "store", "policy": P, "keys": […]}``
-* ``{"op": "load", "policy": P, "request": R, "keys": […], "tokens": [per key], "expected": tokens promised,
-  "seconds": it took}``
-* ``{"op": "request", "policy": P, "prompt": tokens, "cached": tokens vLLM did not schedule,
-  "prefill": tokens a second that the engine computed until the first token}``
+* ``{"op": "load", "policy": P, "request": R, "keys": […], "tokens": [per key], "expected": tokens
+  that the lookup promised, "seconds": duration of the load}``
+* ``{"op": "request", "policy": P, "prompt": tokens, "cached": tokens that vLLM did not schedule,
+  "prefill": prefill rate of the engine up to the first token, in tokens per second}``
+* ``{"op": "degraded"}``: LMCache did not start in the replica
 * ``{"op": "routing", …}``: the router's counters so far (``events-router.jsonl``)
 * ``{"op": "step", "step": N, "server": its status or null}``: verl has logged step N (``events-trainer.jsonl``)
-
-each with ``time`` (Unix seconds) and ``replica``.
 """
 
 from __future__ import annotations
@@ -26,43 +25,43 @@ from typing import Any, TextIO
 logger = logging.getLogger(__name__)
 
 RUN_DIR = "KVSHARE_RUN_DIR"
-"""Environment variable with the folder the ledger goes to; unset: no ledger."""
+"""Folder of the run, for the event log. If it is not set, no event log is written."""
 
 
-class Ledger:
-    """Appends to ``<folder>/events-<replica>.jsonl``; writes nothing without a folder, or when it cannot.
+class EventLog:
+    """Appends to ``<folder>/events-<replica>.jsonl``. Without a folder, and after an error, it writes nothing.
 
     Args:
-        replica: rank, or "router", or "trainer".
+        replica: rank of the replica, or "router", or "trainer".
     """
 
     def __init__(self, replica: int | str, folder: str | None) -> None:
         self._replica = replica
         self._file: TextIO | None = None
         if folder:
-            with self._never_in_the_way():
+            with self._stop_on_error():
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 self._file = (Path(folder) / f"events-{replica}.jsonl").open("a", buffering=1)
 
     def write(self, op: str, **fields: Any) -> None:
         if self._file:
             line = {"op": op, "time": round(time.time(), 3), "replica": self._replica, **fields}
-            with self._never_in_the_way():
+            with self._stop_on_error():
                 self._file.write(json.dumps(line) + "\n")
 
     @contextlib.contextmanager
-    def _never_in_the_way(self) -> Iterator[None]:
+    def _stop_on_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            logger.error("%s keeps no ledger from here on, the report will lack it: %s", self._replica, error)
+            logger.error("the event log of %s ends here, and the report will lack the rest: %s", self._replica, error)
             self._file = None
 
 
 class Reader:
-    """Reads what replicas have appended to a folder's ledger since the last time; whole lines only.
+    """Reads the events that were appended to the logs in a folder since the last call; whole lines only.
 
-    Each writes on its own node: of a run on several nodes this sees all only if the folder is shared.
+    Each replica writes on its own node. With several nodes the folder must be shared to read all events.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +81,7 @@ class Reader:
 
 
 def objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Of JSON lines; one that a full disk or a kill has cut is passed over."""
+    """Objects of JSON lines. Skips a line that a full disk or a kill has cut."""
     for line in lines:
         with contextlib.suppress(ValueError):
             yield json.loads(line)

@@ -33,7 +33,7 @@ def summarize(
     """The report. Token counts and ratios are as in token_sources.py.
 
     Args:
-        events: ledger lines of all replicas, in any order (see event_log.py).
+        events: event log lines of all replicas, in any order (see event_log.py).
         metrics: ``data`` of the lines of verl's file logger, one a step.
         run: ``backend``, ``device`` and ``replicas``, written by preflight.
         baseline: like ``metrics``, of a run without a connector; its mismatch is the noise floor.

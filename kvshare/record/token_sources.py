@@ -1,9 +1,12 @@
-"""Where prompt tokens came from: arithmetic on ledger lines (see event_log.py), no I/O.
+"""Counts where prompt tokens came from, given the lines of an event log (see event_log.py). No I/O.
 
-``prompt`` = ``computed`` + ``local_hit`` + ``shared_hit`` + ``unknown_hit``. ``local_hit``: from
-vLLM's prefix cache, or loaded and stored by the same replica; ``shared_hit``: loaded, and stored by
-another replica; ``unknown_hit``: loaded, and nobody in the ledger stored it. ``stale_hit``: those of
-the loaded tokens whose key was also stored under another policy.
+``prompt`` = ``computed`` + ``local_hit`` + ``shared_hit`` + ``unknown_hit``:
+
+* ``local_hit``: from vLLM's prefix cache, or loaded after the same replica stored them;
+* ``shared_hit``: loaded after another replica stored them;
+* ``unknown_hit``: loaded, with no store in the event log.
+
+``stale_hit`` counts the loaded tokens whose key was also stored under another policy.
 """
 
 from __future__ import annotations
@@ -14,19 +17,19 @@ from typing import Any
 
 Event = dict[str, Any]
 Stored = MutableMapping[int, set[tuple[int, str]]]
-"""Who stored each key, under which policy: replica and policy id."""
+"""By key: each (replica, policy id) that stored it."""
 
 SOURCES = ("computed", "local_hit", "shared_hit", "unknown_hit")
 NOTHING = dict.fromkeys(("prompt", *SOURCES, "stale_hit"), 0)
 
 
 def of_replicas(events: Iterable[Event]) -> list[Event]:
-    """Not those of the router and the trainer; each request's load once."""
+    """The events of replicas, without those of router and trainer, and with at most one load per request."""
     return list(_first_loads(e for e in events if e["op"] not in ("routing", "step")))
 
 
 def _first_loads(events: Iterable[Event]) -> Iterable[Event]:
-    """A preempted request loads again; vLLM counts its prompt once."""
+    """Drop repeated loads of a request. A preempted request loads again, but vLLM counts its prompt once."""
     seen = set()
     for event in events:
         if event["op"] == "load" and event.get("request"):
@@ -38,7 +41,7 @@ def _first_loads(events: Iterable[Event]) -> Iterable[Event]:
 
 
 def remember(stored: Stored, events: Iterable[Event]) -> None:
-    """Add who stored what to ``stored``."""
+    """Add the store events to ``stored``."""
     for event in events:
         if event["op"] == "store":
             for key in event["keys"]:
@@ -52,7 +55,7 @@ def stored_by(events: Iterable[Event]) -> Stored:
 
 
 def tokens(events: Iterable[Event], stored: Stored) -> dict[str, int]:
-    """Prompt tokens by source, of ``events``."""
+    """Prompt tokens of ``events`` by source; keys as in NOTHING."""
     count = dict(NOTHING)
     expected = 0
     for event in events:
@@ -62,20 +65,20 @@ def tokens(events: Iterable[Event], stored: Stored) -> dict[str, int]:
         elif event["op"] == "load":
             expected += event["expected"]
             for key, size in zip(event["keys"], event["tokens"], strict=True):
-                who = stored.get(key, set())
-                count[_origin(who, event["replica"])] += size
-                if any(policy != event["policy"] for _, policy in who):
+                stores = stored.get(key, set())
+                count[_origin(stores, event["replica"])] += size
+                if any(policy != event["policy"] for _, policy in stores):
                     count["stale_hit"] += size
-    # vLLM counts as cached what it expected LMCache to load, whether that arrived or not.
+    # vLLM's cached tokens include those it expected LMCache to load, even if the load failed.
     count["local_hit"] = max(0, count["local_hit"] - expected)
     count["computed"] = count["prompt"] - count["local_hit"] - count["shared_hit"] - count["unknown_hit"]
     return count
 
 
-def _origin(who: set[tuple[int, str]], replica: int) -> str:
-    if not who:
+def _origin(stores: set[tuple[int, str]], replica: int) -> str:
+    if not stores:
         return "unknown_hit"
-    return "local_hit" if any(r == replica for r, _ in who) else "shared_hit"
+    return "local_hit" if any(r == replica for r, _ in stores) else "shared_hit"
 
 
 def by_replica(events: Iterable[Event], stored: Stored, replicas: int) -> list[dict[str, int]]:
@@ -86,32 +89,32 @@ def by_replica(events: Iterable[Event], stored: Stored, replicas: int) -> list[d
 
 
 def amplification(stored: Stored) -> float | None:
-    """Prefill amplification: chunks that replicas computed over distinct chunks computed.
+    """Prefill amplification: chunks computed by all replicas, divided by distinct chunks.
 
-    1.0 is perfect sharing, the number of replicas is none; None if no prompt filled a chunk.
+    1.0 means perfect sharing, R with R replicas means none. None if no prompt filled a chunk.
     """
-    distinct = sum(len({policy for _, policy in who}) for who in stored.values())
+    distinct = sum(len({policy for _, policy in stores}) for stores in stored.values())
     return round(sum(map(len, stored.values())) / distinct, 3) if distinct else None
 
 
 def hit_rate(count: dict[str, int]) -> float | None:
-    """Prompt tokens that were not computed, 0 to 1."""
+    """Fraction of prompt tokens that were not computed, 0 to 1; None without prompts."""
     return 1 - count["computed"] / count["prompt"] if count["prompt"] else None
 
 
 def fastest_prefill(events: Iterable[Event]) -> float | None:
-    """Tokens a second that an engine was seen to compute; None: not known."""
+    """Best prefill rate of an engine, in tokens per second; None if unknown."""
     return max((e["prefill"] for e in events if e["op"] == "request" and e.get("prefill")), default=None)
 
 
 def time_saved(events: Iterable[Event], prefill: float | None) -> float | None:
-    """Seconds that LMCache saved the engines, all of them added up; negative if it cost them time.
+    """Seconds that loading saved, added up over all engines; negative if loading was slower than computing.
 
-    That is: what computing the loaded tokens takes at ``prefill``, less what loading them took. The
-    run is shorter by at most that, divided by the replicas that loaded at the same time.
+    This is the time to compute the loaded tokens at ``prefill``, minus the time to load them. Replicas load at the same
+    time, so the makespan shrinks by at most this sum divided by the number of replicas that loaded together.
 
     Args:
-        prefill: ``fastest_prefill``, so that this is a lower bound.
+        prefill: prefill rate in tokens per second. ``fastest_prefill`` makes the result a lower bound.
     """
     if prefill is None:
         return None
@@ -120,7 +123,7 @@ def time_saved(events: Iterable[Event], prefill: float | None) -> float | None:
 
 
 def metrics(events: list[Event], stored: Stored, prefill: float | None) -> dict[str, float]:
-    """What verl's logger gets of a step; what is not known is left out."""
+    """Metrics of a step for verl's logger. Unknown ones are left out."""
     count = tokens(events, stored)
     others = {
         "hit_rate": hit_rate(count),

@@ -1,8 +1,8 @@
-"""Events from vLLM's worker processes to whoever started the engine, over a zmq socket on this host.
+"""Sends events from vLLM's worker processes to the process that started the engine, over a zmq socket on this host.
 
 An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load", …}`` (see hooks/lmcache/events.py).
-Sending never blocks and never raises: an event that cannot be sent at once is dropped. Who receives passes
-over what is no event, with a line in the log: anybody on this host may send.
+Sending never blocks and never raises: an event that cannot be sent at once is dropped. Any process on this host can
+send to the socket, so the receiver checks each message, and logs and skips a malformed one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import zmq.asyncio
 logger = logging.getLogger(__name__)
 
 ADDRESS = "KVSHARE_EVENTS"
-"""Environment variable with the zmq address events go to; unset: nobody listens, nothing is sent."""
+"""Address of the zmq socket for events. If it is not set, no events are sent."""
 
 REQUEST = "lmcache.request_id"
-"""Request config with the caller's own request id (vLLM's internal ids differ from it)."""
+"""Request config with the caller's request id, which differs from vLLM's internal id."""
 
 
 class Sender:
     def __init__(self, address: str) -> None:
-        self._lock = threading.Lock()  # LMCache completes remote puts on a thread of its own
+        self._lock = threading.Lock()  # LMCache completes remote puts on another thread
         self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
@@ -45,7 +45,7 @@ class Sender:
 
 @lru_cache(maxsize=1)
 def sender() -> Sender | None:
-    """This process's sender, or None if nobody listens."""
+    """The sender of this process; None if ADDRESS is not set."""
     address = os.environ.get(ADDRESS)
     return Sender(address) if address else None
 
@@ -78,14 +78,14 @@ class Load(_OfRequest):
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.tokens):
-            raise ValueError("as many tokens as keys")
+            raise ValueError("keys and tokens differ in length")
 
 
 _decoder = msgspec.json.Decoder(Ready | Store | Stored | Load)
 
 
 class Receiver:
-    """Bound to an address of its own (an abstract Unix socket: it leaves no file behind)."""
+    """Receives events at an address of its own. The address is an abstract Unix socket, which leaves no file behind."""
 
     def __init__(self) -> None:
         self.address = f"ipc://@kvshare-{uuid4().hex}"
@@ -98,5 +98,5 @@ class Receiver:
             try:
                 return msgspec.to_builtins(_decoder.decode(message))
             except msgspec.DecodeError as error:
-                # Not a warning: vLLM's API server silences all below an error in its process.
-                logger.error("%s: passed over %.80r, which is no event: %s", self.address, message, error)
+                # Not a warning, because vLLM's API server silences all levels below error in its process.
+                logger.error("%s: skipped %.80r, which is not an event: %s", self.address, message, error)

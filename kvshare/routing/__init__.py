@@ -1,1 +1,1 @@
-"""Which replica gets a request, and when: the router, prefixes of prompts, and what loading KV costs."""
+"""Decides which replica gets a request, and when: the router, prefixes of prompts, and the cost model of loading KV."""

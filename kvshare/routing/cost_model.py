@@ -1,4 +1,4 @@
-"""When is it faster to load a prefix than to compute it? From what an engine was seen to do."""
+"""Estimates when loading a prefix is faster than computing it, from rates that an engine has reached."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TypedDict
 
 
 class Pace(TypedDict):
-    """None is not known yet."""
+    """What an engine can do. None stands for a value that is not known yet."""
 
-    prefill: float | None  # tokens a second
-    load: float | None  # tokens a second, from LMCache
+    prefill: float | None  # tokens per second
+    load: float | None  # tokens per second, from LMCache
     delay: float | None  # seconds from the end of a prefill until others can find it
-    decode: float | None  # tokens a second, of one request
-    response: float | None  # tokens of an answer, on average
+    decode: float | None  # tokens per second, for one request
+    response: float | None  # mean tokens of an answer
 
 
-ENOUGH = 16  # of each, before it counts: the first steps of a run are slow
+ENOUGH = 16  # measurements before a rate is used: the first steps of a run are slow
 
 
 class Rates:
-    """The best of the last 64 of each: what was slower than that had to wait for others."""
+    """Keeps the last 64 measurements of each rate and reports the best, because slower ones include waiting."""
 
     def __init__(self) -> None:
         self._prefill, self._load, self._delay, self._decode = (deque[float](maxlen=64) for _ in range(4))
@@ -30,9 +30,14 @@ class Rates:
         self._prompts = deque[tuple[int, float, float]](maxlen=256)
 
     def prefilled(self, tokens: int, asked: float, answered: float) -> float:
-        """Tokens computed of a prompt, from when it was asked to its first token, by any clock; returns the rate.
+        """Record a prefill and return the engine's prefill rate during it, in tokens per second.
 
-        What the engine computed of others meanwhile counts too: on a busy one a request waits for many.
+        Tokens that the engine computed for other requests in that time count too, because requests wait for each other.
+
+        Args:
+            tokens: tokens of the prompt that were computed.
+            asked: when the request was sent; any clock, in seconds.
+            answered: when its first token came, by the same clock.
         """
         self._prompts.append((tokens, asked, answered))
         meanwhile = sum(_share(prompt, asked, answered) for prompt in self._prompts)
@@ -47,7 +52,7 @@ class Rates:
         self._delay.append(max(0.0, delay))
 
     def answered(self, tokens: int, seconds: float) -> None:
-        """Args: tokens of the answer; seconds from its first token to its last."""
+        """Record an answer of ``tokens`` tokens, with ``seconds`` from its first token to its last."""
         self._response.append(tokens)
         if tokens > 1 and seconds > 0:
             self._decode.append((tokens - 1) / seconds)
@@ -63,7 +68,7 @@ class Rates:
 
 
 def _share(prompt: tuple[int, float, float], begin: float, end: float) -> float:
-    """How many of a prompt's tokens were computed between two times, if it went on evenly."""
+    """Tokens of a prompt that were computed between two times, assuming a constant rate."""
     tokens, asked, answered = prompt
     return tokens * max(0.0, min(end, answered) - max(begin, asked)) / (answered - asked)
 
@@ -76,15 +81,15 @@ UNKNOWN = Pace(prefill=None, load=None, delay=None, decode=None, response=None)
 
 
 def worth(rate: float | None, decode: float | None, guess: float) -> float:
-    """What a token prefilled or loaded at ``rate`` takes of the time of one generated; at most 1."""
+    """Time of a token at ``rate`` as a fraction of the time to decode one, at most 1; ``guess`` if unknown."""
     return min(1.0, decode / rate) if rate and decode else guess
 
 
 def break_even(pace: Pace) -> float:
-    """Tokens from which loading a prefix is faster than computing it; infinite if it never is.
+    """Length in tokens above which loading a prefix is faster than computing it; infinite if it never is.
 
-    Computing takes ``n / prefill`` seconds, waiting for another's and loading it ``delay + n / load``.
-    0 as long as one of them is not known: the first prefixes are how they become known.
+    Computing takes ``n / prefill`` seconds. Waiting for another replica and loading takes ``delay + n / load``. The
+    result is 0 while one of the three is unknown, because only sharing can measure them.
     """
     prefill, load, delay = pace["prefill"], pace["load"], pace["delay"]
     if prefill is None or load is None or delay is None:

@@ -1,4 +1,4 @@
-"""Prefixes of prompts in whole chunks, and when others may count on finding one."""
+"""Splits prompts into prefixes of whole chunks, and tracks when other replicas can find a prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Key = tuple[str, str]  # policy, digest of a prefix
 
 
 def chunk_digests(prompt_ids: list[int], chunk_size: int) -> list[str]:
-    """A digest for each whole chunk of a prompt, of all tokens up to its end."""
+    """One digest per whole chunk of a prompt. Each digest covers all tokens from the start to the end of its chunk."""
     whole = array("q", prompt_ids[: len(prompt_ids) // chunk_size * chunk_size])
     digest, digests = hashlib.blake2b(digest_size=16), []
     for start in range(0, len(whole), chunk_size):
@@ -24,11 +24,11 @@ def chunk_digests(prompt_ids: list[int], chunk_size: int) -> list[str]:
 
 @dataclass
 class Prefill:
-    """A request under way whose prefix others may be waiting for."""
+    """A running request whose prefix other requests may be waiting for."""
 
     policy: str
-    prefix: str  # the last of chunk_digests; empty: less than a chunk
-    tokens: int  # of the prefix
+    prefix: str  # last of chunk_digests; empty if the prompt is shorter than a chunk
+    tokens: int  # length of the prefix
     storing: int = 0  # store() calls whose KV has not arrived yet
     ended: bool = False
 
@@ -38,7 +38,7 @@ class Prefill:
 
 
 class StoredPrefixes:
-    """Knows when the prefix of a request can be found by others, and lets them wait for that."""
+    """Knows when other replicas can find the prefix of a request, and lets requests wait for that."""
 
     def __init__(self, remember: int = 10_000) -> None:
         self._stored: LRUCache = LRUCache(maxsize=remember)  # Key -> True
@@ -46,7 +46,7 @@ class StoredPrefixes:
         self._waiting: dict[Key, set[asyncio.Future[bool]]] = {}
 
     async def wait(self, key: Key, seconds: float) -> bool:
-        """True once others can find the prefix; False if that will not be, or not within ``seconds``."""
+        """True once others can find the prefix; False if it will not be stored, or after ``seconds``."""
         if key in self._stored:
             return True
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -59,7 +59,7 @@ class StoredPrefixes:
             self._prefills[request] = prefill
 
     def first_token(self, request: str, cached: int) -> None:
-        """The prefill is done; if ``cached`` tokens cover its prefix there was nothing to store."""
+        """The prefill is done. If ``cached`` tokens cover the prefix, others can find it already."""
         prefill = self._prefills.get(request)
         if prefill and cached >= prefill.tokens:
             self._resolve(prefill.key, True)
@@ -69,7 +69,7 @@ class StoredPrefixes:
             prefill.storing += 1
 
     def stored(self, request: str, end: int) -> None:
-        """One store() has arrived, with the request's tokens up to ``end``; 0: it never will."""
+        """One store() has finished: the request's first ``end`` tokens are stored. 0 means that it failed."""
         if prefill := self._prefills.get(request):
             prefill.storing -= 1
             if not end:
@@ -79,13 +79,13 @@ class StoredPrefixes:
             self._forget_if_over(request, prefill)
 
     def ended(self, request: str) -> None:
-        """The request ended, however it did; what it is still storing may arrive yet."""
+        """The request ended, with or without success. Its running stores may still finish."""
         if prefill := self._prefills.get(request):
             prefill.ended = True
             self._forget_if_over(request, prefill)
 
     def give_up(self) -> None:
-        """Nothing that is awaited now will come: the weights change."""
+        """Tell all waiting requests that their prefixes will not be stored, because the weights change."""
         for key in list(self._waiting):
             self._resolve(key, False)
 

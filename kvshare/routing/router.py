@@ -1,9 +1,8 @@
-"""Prefill once, decode anywhere: a router for verl's ``rollout.router_config_path``.
+"""A router for verl's ``rollout.router_config_path`` that lets one replica prefill a prompt for all.
 
-verl sends all samples of a prompt at once and spreads them by load, so every replica prefills the
-same prompt at the same moment and none finds the other's KV. Here the first request for a chunk of
-prompt leads; the others wait until its replica says that it is stored, then go where there is room.
-docs/routing.md says why and when.
+verl sends all samples of a prompt at once and spreads them by load. So every replica prefills the same prompt at the
+same time, and none finds the KV of another. With this router the first request for a chunk is its leader. The others
+wait until the leader's replica has stored the chunk, then go to the replica with the least load. See docs/routing.md.
 """
 
 from __future__ import annotations
@@ -23,32 +22,34 @@ from verl.utils.tokenizer import normalize_token_ids
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.core import lmcache_settings
-from kvshare.record.event_log import RUN_DIR, Ledger
+from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.routing.cost_model import UNKNOWN, break_even, worth
 from kvshare.routing.prefixes import Key, chunk_digests
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 100_000  # chunks
-AFTER_RELEASE = 1.0  # seconds until a leader that ended without its server's knowing is given up
-FIRST_RESPONSE = 256  # tokens of an answer, until the run has shown its own
-FIRST_WORTH = 0.01  # a prompt token in generated ones, likewise
+AFTER_RELEASE = 1.0  # seconds after which a leader that was released, but not reported as stored, is given up
+FIRST_RESPONSE = 256  # assumed tokens of an answer, until a mean is known
+FIRST_WORTH = 0.01  # assumed cost of a prompt token in generated tokens, likewise
 
 
 @dataclass
 class Server:
-    policy: str | None = None  # of its weights; None while they change, or if it does not tell
-    load: float = 0.0  # tokens left to generate; those of prompts count as what their time is worth
+    """What the router knows of a rollout server."""
+
+    policy: str | None = None  # of its weights; None while they change, or if unknown
+    load: float = 0.0  # tokens left to generate; prompt tokens are converted by cost
     heard: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass
 class Leader:
-    """A request that computes chunks others wait for."""
+    """A request that computes chunks which others wait for."""
 
     server: str
     keys: list[Key]
-    outcome: asyncio.Future[bool]  # whether they can be found now
+    outcome: asyncio.Future[bool]  # whether the chunks can be found now
 
     @property
     def policy(self) -> str:
@@ -57,7 +58,7 @@ class Leader:
 
 @dataclass
 class Placed:
-    """A request under way, and what it adds to its server's load: its prompt and its answer."""
+    """A running request, and the load that its prompt and its answer add to its server."""
 
     server: Server
     prefill: float
@@ -76,12 +77,12 @@ class Counts:
 
 
 class PrefillOnceRouter(GlobalRequestLoadBalancer):
-    """Places requests by load and by who has their prefix, and holds those whose prefix is on its way.
+    """Places requests by load and stored prefixes, and holds a request while another computes its prefix.
 
     Args:
-        servers: actor handle of each rollout server (``KVShareServer``) by its address.
-        config: the router YAML; ``hold_seconds`` is the longest a request may be held, and
-            ``full_determinism`` places by request id alone, as verl's own router does.
+        servers: actor handle of each rollout server (``KVShareServer``) by address.
+        config: the router YAML. ``hold_seconds`` is the longest time to hold a request. With ``full_determinism`` only
+            the request id decides the placement, as in verl's own router.
     """
 
     def __init__(self, servers: dict[str, Any], config: dict[str, Any]) -> None:
@@ -90,13 +91,13 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._chunk_size = int(config.get("chunk_size") or _chunk_size())
         self._state = {name: Server() for name in servers}
         self._computing: dict[Key, Leader] = {}
-        self._stored: LRUCache = LRUCache(maxsize=REMEMBERED)  # Key -> names of servers that hold it themselves
-        self._placed: dict[tuple[str, str], list[Placed]] = {}  # by server and request id, in order
+        self._stored: LRUCache = LRUCache(maxsize=REMEMBERED)  # Key -> names of servers that hold the chunk locally
+        self._placed: dict[tuple[str, str], list[Placed]] = {}  # by server and request id, oldest first
         self._pace = UNKNOWN
         self._tasks: dict[str, asyncio.Task] = {}
         self._watchers: set[asyncio.Task] = set()
         self._counts = Counts()
-        self._ledger = Ledger("router", os.environ.get(RUN_DIR))
+        self._event_log = EventLog("router", os.environ.get(RUN_DIR))
 
     def require_acquire_fields(self) -> list[str]:
         return ["prompt_ids"]
@@ -138,10 +139,10 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         if placed.leader and not placed.leader.outcome.done():
             asyncio.get_running_loop().call_later(AFTER_RELEASE, self._settle, placed.leader, False)
         if not self._placed:
-            self._ledger.write("routing", **self._counters())
+            self._event_log.write("routing", **self._counters())
 
     def add_servers(self, servers: dict[str, Any]) -> None:
-        self.remove_servers([name for name in servers if name in self._state])  # come back, it is another
+        self.remove_servers([name for name in servers if name in self._state])  # a server that comes back is a new one
         super().add_servers(servers)
         self._state |= {name: Server() for name in servers}
 
@@ -165,11 +166,11 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
     # -- placing ------------------------------------------------------------------------------
 
     def _choose(self, request_id: str, chunks: list[str], tokens: int) -> tuple[str, float]:
-        """The server with the least to do, this request's prompt included; and what the prompt costs there."""
+        """The server with the least load, including the cost of this prompt there; and that cost."""
         last = self._request_id_to_server.get(request_id)
         missing = self._missing(chunks, tokens)
         if last in missing:
-            missing[last] = 0.0  # the next turn of a conversation: its server has what it generated, too
+            missing[last] = 0.0  # next turn of a conversation: this server has all earlier turns
         if self._full_determinism:
             names = list(self._servers)
             name = names[zlib.crc32(request_id.encode()) % len(names)]
@@ -180,7 +181,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         return name, missing[name]
 
     def _missing(self, chunks: list[str], tokens: int) -> dict[str, float]:
-        """By server: what the prompt would cost there, in tokens generated in that time."""
+        """Cost of the prompt by server: the tokens a request would generate in the time it takes."""
         decode = self._pace["decode"]
         prefill, load = worth(self._pace["prefill"], decode, FIRST_WORTH), worth(self._pace["load"], decode, 0.0)
         policies = {server.policy for server in self._state.values()}
@@ -194,7 +195,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         return missing
 
     def _holders(self, policy: str | None, chunks: list[str]) -> list[set[str]]:
-        """Who holds each of the leading chunks that are stored."""
+        """Servers that hold each leading chunk, up to the first chunk that is not stored."""
         found = []
         for chunk in chunks:
             holding = self._stored.get((policy, chunk))
@@ -206,7 +207,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
     # -- leading and holding ------------------------------------------------------------------
 
     async def _hold(self, chunks: list[str], until: float) -> None:
-        """Wait for whoever computes a part of this prompt; go at once when that comes to nothing."""
+        """Wait until all chunks that others compute are stored. Stop waiting if one will not be, or at ``until``."""
         clock = asyncio.get_running_loop().time
         began, held = clock(), False
         while leader := self._leader_of(chunks):
@@ -228,7 +229,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         return next(filter(None, found), None)
 
     def _lead(self, name: str, placed: Placed, chunks: list[str]) -> None:
-        """Note what this request's server will have, and let others wait for what nobody has yet."""
+        """Record the chunks that this request's server will hold, and make the request leader of the new ones."""
         policy = placed.server.policy
         if not policy:
             return
@@ -250,11 +251,11 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         try:
             handle = self._servers[leader.server]
             stored, self._pace = await handle.wait_prefix_stored.remote(*key, self._hold_seconds)
-        except Exception as error:  # a server that died stores nothing either
-            logger.warning("router: %s did not say whether a prefix is stored: %s", leader.server, error)
+        except Exception as error:  # a server that died will not store it either
+            logger.warning("router: %s did not report whether a prefix is stored: %s", leader.server, error)
         finally:
             self._settle(leader, stored)
-            placed.server.load -= placed.prefill  # that much is done
+            placed.server.load -= placed.prefill  # the prefill is done
             placed.prefill = 0.0
 
     def _settle(self, leader: Leader, stored: bool) -> None:
@@ -273,10 +274,10 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         for leader in leaders:
             self._settle(leader, False)
 
-    # -- what servers tell --------------------------------------------------------------------
+    # -- what servers report ------------------------------------------------------------------
 
     async def _hear_from_all(self, until: float) -> None:
-        """Follow each server's policy; the first time, wait for it."""
+        """Start following each server's policy. Wait until each has reported once, or until ``until``."""
         for name in self._servers:
             if name not in self._tasks:
                 self._tasks[name] = asyncio.ensure_future(self._follow(name))
@@ -299,8 +300,8 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
                 policies = {other.policy for other in self._state.values()}
                 self._release([leader for leader in self._leaders() if leader.policy not in policies])
         except Exception as error:
-            logger.warning("router: %s does not tell its policy, nobody waits for its prefixes: %s", name, error)
-        finally:  # gone, or removed
+            logger.warning("router: %s does not report its policy, no request waits for its prefixes: %s", name, error)
+        finally:  # the server is gone or was removed
             server.policy = None
             server.heard.set()
             self._release([leader for leader in self._leaders() if leader.server == name])
@@ -312,7 +313,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
 
 def _token_ids(prompt_ids: Any) -> list[int]:
-    """In whatever verl's servers take them; mostly a list already, which need not be looked through."""
+    """Token ids as a list. They mostly are one already; checking the first id avoids a pass over all of them."""
     if prompt_ids is None or (isinstance(prompt_ids, list) and isinstance(next(iter(prompt_ids), 0), int)):
         return prompt_ids or []
     return normalize_token_ids(prompt_ids)
@@ -322,5 +323,5 @@ def _chunk_size() -> int:
     return lmcache_settings.effective(os.environ.get("LMCACHE_CONFIG_FILE")).chunk_size
 
 
-# Held requests are pending calls of this actor: Ray's default of 1,000 at once would block releases.
+# Each held request is a pending call of this actor. With Ray's default of 1,000 calls releases would block.
 Router = ray.remote(max_concurrency=1_000_000)(PrefillOnceRouter)  # type: ignore[call-overload]

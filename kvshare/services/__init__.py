@@ -1,1 +1,1 @@
-"""What runs beside training: each backend's service, how it is started and checked, and the bounded lm:// server."""
+"""The services that run beside training: one for each backend, how it is started and checked, the lm:// server."""

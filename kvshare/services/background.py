@@ -1,7 +1,7 @@
-"""Services that outlive the command that starts them: ``kvshare services up``, ``down`` and ``status``.
+"""Runs services in the background, for ``kvshare services up``, ``down`` and ``status``.
 
-What is up is written to ``<folder>/<backend>.json``. Its processes carry a mark in their environment: ``down`` ends
-those and nobody else, also after a crash.
+``up`` describes the service in ``<folder>/<backend>.json`` and marks its processes by an environment variable.
+``down`` ends exactly the marked processes, also after a crash.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MARK = "KVSHARE_SERVICE"
 
 @dataclass(frozen=True)
 class Started:
-    """A service that ``up`` started; it may have ended since."""
+    """A service that ``up`` has started. It may have ended since."""
 
     backend: str
     pid: int
@@ -40,20 +40,20 @@ class Started:
         return BACKENDS[self.backend].service
 
     def check(self) -> str:
-        """Where it is; raises UserError when it is not healthy."""
+        """Return the address of the service; raise UserError if it is not healthy."""
         return BACKENDS[self.backend].check(self.exports)
 
 
 def up(backend: str, listen: str, folder: Path, arguments: list[str]) -> Started:
-    """Start the service of a backend and wait until it is healthy; one that is up and healthy stays.
+    """Start the service of a backend and wait until it is healthy. Keep a service that is already up and healthy.
 
     Args:
-        listen: the address to listen on.
-        folder: for state, log and what the service writes.
-        arguments: more for the service itself.
+        listen: address to listen on.
+        folder: folder for state, log and the files of the service.
+        arguments: further arguments for the service.
 
     Raises:
-        NotStarted: it ended instead.
+        NotStarted: the service ended, or did not become healthy in time.
     """
     with _locked(folder):
         if known := read(backend, folder):
@@ -84,7 +84,7 @@ def up(backend: str, listen: str, folder: Path, arguments: list[str]) -> Started
 
 
 def down(backend: str, folder: Path) -> Started | None:
-    """End what ``up`` started; None if there is nothing."""
+    """End the service that ``up`` started and return it; None if there is none."""
     with _locked(folder):
         if known := read(backend, folder):
             _end(known, folder)
@@ -92,14 +92,14 @@ def down(backend: str, folder: Path) -> Started | None:
 
 
 def read(backend: str, folder: Path) -> Started | None:
-    """What ``up`` started and ``down`` has not ended."""
+    """The service that ``up`` started and ``down`` has not ended; None if there is none."""
     file = _file(backend, folder)
     if not file.exists():
         return None
     try:
         return Started(**json.loads(file.read_text()))
     except (ValueError, TypeError):
-        raise UserError(f"{file} is not what kvshare services up wrote: remove it") from None
+        raise UserError(f"{file} was not written by this kvshare services up: remove it") from None
 
 
 def _end(started: Started, folder: Path) -> None:
@@ -113,7 +113,7 @@ def _file(backend: str, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One ``up`` or ``down`` at a time."""
+    """Allow one ``up`` or ``down`` at a time."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

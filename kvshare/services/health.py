@@ -1,4 +1,4 @@
-"""Is the service a backend needs there, and is it really LMCache's?"""
+"""Checks that the service of a backend answers, and that it is the right program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvshare.core.lm_protocol import HEALTH_REQUEST, REPLY, SUCCESS
 
 
 class NotStarted(Exception):
-    """A service ended before it was up; ``tail`` is the end of its log."""
+    """A service ended before it was healthy; ``tail`` has the last lines of its log."""
 
     def __init__(self, what: str, log: Path) -> None:
         super().__init__(what)
@@ -27,17 +27,17 @@ class NotStarted(Exception):
 
 ZMTP = b"\xff"  # first byte of a ZMTP greeting, RFC 23
 GET_CHUNK_SIZE = 21
-"""Number of the operation in LMCache's multi-process protocol, which it keeps (transport/zmq_impl/wire.py)."""
+"""Number of this operation in LMCache's multi-process protocol, stable there (transport/zmq_impl/wire.py)."""
 
-TIMEOUT = 3.0  # seconds; these are local or one hop away
-START_SECONDS = 120  # importing LMCache alone takes ten on a slow machine
+TIMEOUT = 3.0  # seconds; the services are local or one hop away
+START_SECONDS = 120  # importing LMCache alone takes ten seconds on a slow machine
 
 
 def check_lmcache_server(url: str) -> str:
-    """Ask an ``lm://host:port`` for its health; returns "host:port".
+    """Ask the server at ``lm://host:port`` for its health; return "host:port".
 
     Raises:
-        UserError: bad URL, nobody there, or somebody else.
+        UserError: the URL is malformed, nothing answers, or another program does.
     """
     try:
         parsed = urlparse(url)
@@ -59,10 +59,10 @@ def check_lmcache_server(url: str) -> str:
 def wait_healthy(
     name: str, process: subprocess.Popen, check: Callable[[], str], log: Path, seconds: float = START_SECONDS
 ) -> str:
-    """Wait until a service that is starting is healthy; returns what ``check`` does.
+    """Wait until a starting service is healthy; return the value of ``check``.
 
     Raises:
-        NotStarted: it ended instead, or is not healthy after so many seconds; ``log`` says why.
+        NotStarted: the service ended, or is not healthy after ``seconds``.
     """
     deadline = time.monotonic() + seconds
     while process.poll() is None:
@@ -76,10 +76,10 @@ def wait_healthy(
 
 
 def check_controller(pull_url: str, reply_url: str) -> str:
-    """Look for lmcache_controller's two zmq sockets; returns their addresses.
+    """Check lmcache_controller's two zmq sockets; return their addresses.
 
     Raises:
-        UserError: bad address, nobody there, or somebody else.
+        UserError: an address is malformed, nothing answers, or another program does.
     """
     ports: dict[str, tuple[str, int]] = {}
     for name, url in (("pull", pull_url), ("reply", reply_url)):
@@ -108,10 +108,10 @@ def check_controller(pull_url: str, reply_url: str) -> str:
 
 
 def check_mp_server(url: str) -> tuple[str, int]:
-    """Ask LMCache's multi-process server at ``tcp://host:port`` for its chunk size; returns "host:port" and the tokens.
+    """Ask the multi-process server at ``tcp://host:port`` for its chunk size; return "host:port" and tokens per chunk.
 
     Raises:
-        UserError: bad URL, nobody there, or somebody else.
+        UserError: the URL is malformed, nothing answers, or another program does.
     """
     host, _, port = url.removeprefix("tcp://").rpartition(":")
     if not url.startswith("tcp://") or not host or not port.isdecimal():
@@ -124,20 +124,20 @@ def check_mp_server(url: str) -> tuple[str, int]:
         chunk_size = msgspec.msgpack.decode(reply[2], type=int)
     except (IndexError, msgspec.MsgspecError):
         raise UserError(
-            f"{host}:{port} does not answer as lmcache server does, it hangs or something else has the port: "
+            f"{host}:{port} does not answer as lmcache server does (it hangs, or another program has the port): "
             f"end it, or choose another port in remote_url, and {start}"
         ) from None
     return f"{host}:{port}", chunk_size
 
 
 def _looks_up(host: str, port: int) -> bool:
-    """Whether a P2P lookup of nothing is answered as lmcache_controller answers it."""
+    """Whether an empty P2P lookup gets lmcache_controller's answer."""
     ask = {"type": "BatchedP2PLookupMsg", "hashes": [], "instance_id": "kvshare", "worker_id": 0}
     return b"BatchedP2PLookupRetMsg" in b"".join(_ask(zmq.REQ, host, port, msgspec.msgpack.encode(ask)))
 
 
 def _ask(kind: int, host: str, port: int, *frames: bytes) -> list[bytes]:
-    """The reply to a zmq message; empty if none comes."""
+    """Send a zmq message and return the reply; an empty list if none comes within TIMEOUT."""
     s: zmq.Socket = zmq.Context.instance().socket(kind)
     with s:
         s.setsockopt(zmq.LINGER, 0)
@@ -147,7 +147,7 @@ def _ask(kind: int, host: str, port: int, *frames: bytes) -> list[bytes]:
 
 
 def _exchange(host: str, port: int, request: bytes, size: int, what: str, start: str) -> bytes:
-    """Send ``request`` and read up to ``size`` bytes; empty if none come."""
+    """Send ``request`` and return up to ``size`` bytes of the answer, possibly none."""
     try:
         with socket.create_connection((host, port), timeout=TIMEOUT) as s:
             s.settimeout(TIMEOUT)
@@ -157,7 +157,7 @@ def _exchange(host: str, port: int, request: bytes, size: int, what: str, start:
                 while len(reply) < size and (more := s.recv(size - len(reply))):
                     reply += more
             except OSError:
-                pass  # it closed the connection or says nothing: what came is the answer
+                pass  # connection closed or timeout: return what has arrived
             return reply
     except OSError as error:
         raise UserError(f"{what} does not answer ({error.strerror or error}): {start}") from None

@@ -1,8 +1,8 @@
-"""``lmcache_server`` with a bound: LMCache's ``lm://`` protocol, at most so many bytes, least recently used out first.
+"""An ``lm://`` server like ``lmcache_server``, with a memory limit and LRU eviction.
 
-Not a subclass of LMCache's server: its loop stores what a dying client has sent of a PUT and would have to hold an
-entry of any length to get past it, and importing it brings torch, whose 300 MB are more than a small bound. Entries
-are opaque here, so the two messages of lmcache/v1/protocol.py are all there is to know.
+It does not subclass LMCache's server, for two reasons. That server stores an incomplete entry when a client dies in the
+middle of a PUT. And importing it loads torch, whose 300 MB may exceed a small limit. Entries are opaque bytes here, so
+the two messages of lmcache/v1/protocol.py are enough.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from kvshare.core.errors import UserError
 from kvshare.core.lm_protocol import EXIST, FAIL, GET, HEALTH, NO_DATA, PUT, REPLY, REQUEST, SUCCESS
 from kvshare.services.store import Store
 
-PIECE = 1 << 20  # bytes received at a time, before they are counted
-WASTE = memoryview(bytearray(1 << 16))  # what is refused is read into this, by all threads: nobody looks
+PIECE = 1 << 20  # bytes received before they are added to the store's count
+WASTE = memoryview(bytearray(1 << 16))  # all threads read refused data into this; nothing uses it
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def serve(host: str, port: int, limit: int, status: Path | None) -> NoReturn:
     """Serve until SIGINT or SIGTERM, then exit with code 0.
 
     Raises:
-        UserError: cannot listen there, or cannot write ``status``.
+        UserError: cannot listen on the address, or cannot write ``status``.
     """
     logging.basicConfig(format="kvshare server: %(message)s", level=logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -43,20 +43,20 @@ def serve(host: str, port: int, limit: int, status: Path | None) -> NoReturn:
     address, port = server.socket.getsockname()
     logger.info("listening on %s:%s, keeps at most %.2f GiB", address, port, limit / 2**30)
     if not ipaddress.ip_address(address).is_loopback:
-        logger.warning("warning: %s can be reached from other hosts, and lm:// asks nobody who they are", address)
+        logger.warning("warning: other hosts can reach %s, and lm:// has no authentication", address)
     with contextlib.suppress(SystemExit):
         server.serve_forever()
     with contextlib.suppress(OSError):
         server.write_status()
     logger.info("ended, %s", ", ".join(f"{name} {count}" for name, count in server.store.status().items()))
     sys.stderr.flush()
-    os._exit(0)  # an interpreter that ends in order waits for locks that clients' threads may hold
+    os._exit(0)  # a normal exit could wait forever for locks that client threads hold
 
 
 def _listen(host: str, port: int, store: Store, status: Path | None) -> Server:
     try:
         server = Server((host, port), store, status)
-    except (OSError, UnicodeError) as error:  # UnicodeError: what no host can be called
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host}:{port} ({reason}): give another HOST or PORT") from None
     try:
@@ -72,7 +72,7 @@ def _end(*_: Any) -> NoReturn:
 
 class Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
-    allow_reuse_address = True  # a server that was killed can be started again at once
+    allow_reuse_address = True  # the port can be used again right after a kill
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], store: Store, status: Path | None) -> None:
@@ -80,9 +80,9 @@ class Server(socketserver.ThreadingTCPServer):
         self._status_file = status
         self._written, self._written_at = "", 0.0
         super().__init__(address, Client)
-        for level, option, value in (  # what is accepted inherits them
-            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # hosts that vanish are noticed,
-            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # in minutes
+        for level, option, value in (  # accepted connections inherit these options
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # detect dead clients,
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),  # within minutes
             (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         ):
             self.socket.setsockopt(level, option, value)
@@ -90,7 +90,7 @@ class Server(socketserver.ThreadingTCPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
-        except OSError:  # too many open files: serve_forever passes over it and would spin
+        except OSError:  # too many open files: serve_forever ignores it and would spin
             time.sleep(0.1)
             raise
 
@@ -98,9 +98,9 @@ class Server(socketserver.ThreadingTCPServer):
         logger.info("closed the connection of %s:%s: %s", *client_address, sys.exc_info()[1])
 
     def service_actions(self) -> None:
-        """Called by serve_forever, twice a second or more."""
+        """Write the status file once a second. serve_forever calls this at least twice a second."""
         if time.monotonic() >= self._written_at + 1:
-            with contextlib.suppress(OSError):  # a full disk is no reason to end
+            with contextlib.suppress(OSError):  # the server must survive a full disk
                 self.write_status()
 
     def write_status(self) -> None:
@@ -113,7 +113,7 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 class Client(socketserver.BaseRequestHandler):
-    """One connection, in a thread of its own. What goes wrong ends it, with a line from Server.handle_error."""
+    """One connection, in its own thread. An error closes it, and Server.handle_error logs one line."""
 
     server: Server
     request: socket.socket
@@ -131,10 +131,10 @@ class Client(socketserver.BaseRequestHandler):
             elif command == HEALTH:
                 self.request.sendall(REPLY.pack(SUCCESS, *NO_DATA))
             else:
-                raise ValueError("it does not speak LMCache's protocol")
+                raise ValueError("the client does not speak LMCache's protocol")
 
     def _header(self) -> bytes:
-        """Of the next request; empty when the client has closed the connection."""
+        """Header of the next request; empty if the client has closed the connection."""
         header = self.request.recv(REQUEST.size)
         while 0 < len(header) < REQUEST.size:
             header += self._received(self.request.recv(REQUEST.size - len(header)))
@@ -148,9 +148,9 @@ class Client(socketserver.BaseRequestHandler):
             self.request.sendall(REPLY.pack(FAIL, *NO_DATA))
 
     def _put(self, key: bytes, length: int, meta: tuple[int, ...]) -> None:
-        """Nothing is stored before all of it has come.
+        """Receive an entry and store it once it is complete.
 
-        A PUT has no reply that could refuse it: what does not fit is read too, and dropped.
+        PUT has no reply, so the server cannot refuse an entry. It reads one that does not fit, and drops it.
         """
         store = self.server.store
         entry = store.begin(length, meta)
@@ -169,5 +169,5 @@ class Client(socketserver.BaseRequestHandler):
     @staticmethod
     def _received(some: Any) -> Any:
         if not some:
-            raise EOFError("it ended in the middle of a request, which is dropped")
+            raise EOFError("the client ended in the middle of a request, which is dropped")
         return some

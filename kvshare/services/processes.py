@@ -1,4 +1,4 @@
-"""Child processes that never outlive us: each in a group of its own, all ended together."""
+"""Starts child processes, each in its own process group, and ends them all when the parent ends."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from types import TracebackType
 
 import psutil
 
-GRACE = 15  # seconds between the polite signal and the other one
+GRACE = 15  # seconds between SIGTERM and SIGKILL
 TEMPORARY = "KVSHARE_TMPDIR"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Processes:
-    """Use as a context manager; on the way out, however that is, everything started is gone.
+    """A context manager that ends everything it has started when it exits, for whatever reason.
 
     Args:
-        mark: environment variable and value that all children carry. Daemons that left their group
-            (Ray's) are found by it.
+        mark: environment variable and value for all children. It identifies daemons that have left their process
+            group, such as Ray's.
     """
 
     def __init__(self, mark: tuple[str, str]) -> None:
@@ -34,24 +34,24 @@ class Processes:
 
     def __enter__(self) -> Processes:
         self._began = time.time()
-        # That of a Processes around this one, which removes it: Ray's sockets lie there, and their paths may
-        # have 107 characters.
+        # Use the folder of an outer Processes, which will remove it. The path must be short: Ray's sockets lie there,
+        # and a socket path has at most 107 characters.
         self._inherited = os.environ.get(TEMPORARY)
         self._temporary = self._inherited or tempfile.mkdtemp(prefix="kvshare-")
-        # What is ignored stays so: nohup ignores SIGHUP, and its command must outlive the terminal.
-        heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, _as_interrupt) for number in heard}
+        # Keep ignored signals ignored. nohup ignores SIGHUP, so that its command outlives the terminal.
+        handled = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, _as_interrupt) for number in handled}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number in self._previous:  # a second Ctrl-C must not stop the ending
+        for number in self._previous:  # a second Ctrl-C must not interrupt the cleanup
             signal.signal(number, signal.SIG_IGN)
         self.end()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def start(self, command: list[str], log: Path | None, env: Mapping[str, str] | None = None) -> subprocess.Popen:
-        """Start ``command`` with its output going to ``log``, or to where ours goes."""
+        """Start ``command``. Its output goes to ``log``; without one, to the output of this process."""
         temporary = {"TMPDIR": self._temporary, TEMPORARY: self._temporary}
         with open(log, "wb") if log else contextlib.nullcontext() as out:
             child = subprocess.Popen(
@@ -66,11 +66,12 @@ class Processes:
         return child
 
     def kill(self, child: subprocess.Popen) -> None:
-        """End one child and its group at once."""
+        """Kill one child and its process group at once."""
         _signal_group(child.pid, signal.SIGKILL)
         child.wait()
 
     def end(self) -> None:
+        """End all children and marked processes, and remove what they left in /tmp and /dev/shm."""
         for child in reversed(self._children):
             _signal_group(child.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE
@@ -88,7 +89,7 @@ class Processes:
 
 
 def marked(name: str, value: str) -> list[psutil.Process]:
-    """Processes with this in their environment, but for us and those we run in."""
+    """Processes with this variable in their environment, except this process and its parents."""
     ours = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
@@ -99,12 +100,12 @@ def marked(name: str, value: str) -> list[psutil.Process]:
 
 
 def end_marked(name: str, value: str) -> None:
-    """End them: first politely."""
+    """End the marked processes: SIGTERM first, SIGKILL after GRACE seconds."""
     found = marked(name, value)
     for process in found:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-            process.resume()  # one that is stopped hears nothing
+            process.resume()  # a stopped process does not receive SIGTERM
     psutil.wait_procs(found, timeout=GRACE)
     _kill(marked(name, value))
 
@@ -117,7 +118,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _orphaned_memory(since: float) -> list[Path]:
-    """Shared memory made since then that no process maps: vLLM's, when Ray kills an engine."""
+    """Shared memory created after ``since`` that no process maps. vLLM leaves it when Ray kills an engine."""
     mapped = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

@@ -1,4 +1,4 @@
-"""Entries in memory, at most so many bytes of them; the least recently used go first."""
+"""Keeps entries in memory up to a limit in bytes, with LRU eviction."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import mmap
 import threading
 from collections import OrderedDict
 
-OVERHEAD = mmap.PAGESIZE + 1024  # of an entry: the rest of its last page, and what Python keeps for it
+OVERHEAD = mmap.PAGESIZE + 1024  # bytes an entry takes beside its data: rest of the last page, Python objects
 
 
 class Entry:
-    """What one PUT brings, in a memory mapping of its own.
+    """The data of one PUT, in its own memory mapping.
 
-    A mapping costs what has been written to it, however long the client said it would be, and goes back to the
-    system at once. malloc keeps what is freed for the next entry of that size, and a bytearray is filled when made.
+    A mapping only takes memory for the bytes written to it, and returns it to the system at once. A bytearray would
+    take its full length from the start, and malloc may keep freed memory.
 
-    An entry counts until its memory is really free: evicted while a slow client is still being sent it, it is not.
+    An entry counts until its memory is free. An evicted entry that is still being sent to a client still counts.
     """
 
     __slots__ = ("_store", "data", "meta", "size")
 
     def __init__(self, store: Store, length: int, meta: tuple[int, ...]) -> None:
         self._store, self.meta = store, meta
-        self.size = 0  # bytes counted for it
+        self.size = 0  # bytes of it that the store counts
         self.data = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def __del__(self) -> None:
@@ -30,33 +30,33 @@ class Entry:
 
 
 class Store:
-    """Thread-safe.
+    """A thread-safe LRU store.
 
     Args:
-        limit: bytes that all entries may take, those that are being received included.
+        limit: bytes that all entries may take, including those being received.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = self.evicted = self.evicted_bytes = self.refused = 0
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
-        self._lock = threading.RLock()  # re-entrant: the last reference to an entry may go while it is held
+        self._lock = threading.RLock()  # re-entrant: Entry.__del__ may run while the lock is held
 
     def begin(self, length: int, meta: tuple[int, ...]) -> Entry | None:
-        """An entry to receive ``length`` bytes in; None if it can never fit."""
+        """A new entry that can receive ``length`` bytes; None if there is no room for it."""
         if length + OVERHEAD > self.limit:
             return None
         entry = Entry(self, length, meta)
         return entry if self.grow(entry, OVERHEAD) else None
 
     def grow(self, entry: Entry, size: int) -> bool:
-        """Count ``size`` more bytes for an entry, evicting others; False if all that is left is in use."""
+        """Count ``size`` more bytes for an entry and evict others if needed; False if nothing more can be evicted."""
         with self._lock:
             while self.bytes + size > self.limit and self._entries:
                 oldest = self._entries.popitem(last=False)[1]
                 self.evicted += 1
                 self.evicted_bytes += oldest.size
-                del oldest  # frees it, unless it is being sent
+                del oldest  # frees its memory, unless it is being sent
             if self.bytes + size > self.limit:
                 return False
             entry.size += size

@@ -1,1 +1,1 @@
-"""What is used beside training: data and model for a try, the demo, verify, bench."""
+"""Tools beside training: data and a tiny model to try it, the demo, verify and bench."""

@@ -1,4 +1,4 @@
-"""The whole thing on one machine: data, model, service, GRPO with two replicas, report."""
+"""Runs everything on one machine: data, model, service, GRPO with two replicas, report."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
 }
 
-STAGES = {  # what the training log says, and what that means
-    "kvshare services:": "what the backend needs is up",
+STAGES = {  # text in the training log -> what to print
+    "kvshare services:": "the service of the backend is up",
     "Started a local Ray instance": "Ray is up, verl's workers are starting",
     "(KVShareServer": "two vLLM replicas are starting",
     "ready to fit": "replicas are up, first step (the slow one)",
@@ -49,10 +49,10 @@ class Demo:
         self._out.print(f"[dim]{seconds // 60}:{seconds % 60:02}[/]  {text}")
 
     def run(self) -> dict[str, Any]:
-        """Run it and return the report.
+        """Run the demo and return the report.
 
         Raises:
-            UserError: this is no checkout of the project.
+            UserError: kvshare does not run from a checkout of the project.
             DemoFailed: something did not start, or training failed.
         """
         if not self._launcher.exists():
@@ -87,10 +87,10 @@ class Demo:
         gsm8k.write(gsm8k.generate(train=256, test=16, seed=0), self.folder / "data", SHOTS, limit=32)
         self.say(f"data: generated word problems, {SHOTS} worked examples before each question")
         tiny_model.make(self.folder / "model")
-        self.say("model: Qwen2 with a million parameters, which guesses more often than it works an answer out")
+        self.say("model: Qwen2 with a million parameters, which mostly guesses the answers")
 
     def _follow(self, training: subprocess.Popen) -> Iterator[str]:
-        """What happens, as it happens, until training ends."""
+        """Yield a line for each stage and step as it is reached, until training ends."""
         stages, steps = dict(STAGES), 0
         while True:
             ended = training.poll() is not None
@@ -116,7 +116,7 @@ class DemoFailed(Exception):
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """Why a report is not what the demo promises; empty if it is."""
+    """One line for each promise of the demo that a report does not keep."""
     tokens, pearson = result["tokens"], result["mismatch"]["pearson_min"]
     out = [f"replica {r['rank']} received no shared KV" for r in result["replica"] if not r["shared_hit"]]
     if tokens["stale_hit"]:
@@ -130,7 +130,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     data = [json.loads(line)["data"] for line in lines if line.endswith("}")]
-    return [d for d in data if "training/global_step" in d]  # not those of a validation before training
+    return [d for d in data if "training/global_step" in d]  # skip a validation before training
 
 
 def _step(data: dict[str, Any]) -> str:

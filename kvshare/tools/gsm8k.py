@@ -1,4 +1,4 @@
-"""GSM8K as the parquet files verl trains on, with worked examples before each question if asked."""
+"""Writes GSM8K as the parquet files that verl trains on, optionally with worked examples before each question."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SPLITS = ("train", "test")
 
 
 def read_folder(folder: Path) -> dict[str, list[Problem]]:
-    """train.jsonl and test.jsonl of a folder: one object a line with "question" and "answer"."""
+    """Read train.jsonl and test.jsonl of a folder. Each line is an object with "question" and "answer"."""
     return {split: _read_jsonl(folder / f"{split}.jsonl") for split in SPLITS}
 
 
 def read_hub() -> dict[str, list[Problem]]:
-    """openai/gsm8k from the Hugging Face hub.
+    """Read openai/gsm8k from the Hugging Face hub.
 
     Raises:
         OSError: the hub cannot be reached.
@@ -30,13 +30,13 @@ def read_hub() -> dict[str, list[Problem]]:
 
     try:
         data = load_dataset("openai/gsm8k", "main")
-    except Exception as error:  # whatever its HTTP stack raises when there is no way there
+    except Exception as error:  # its HTTP stack raises many types
         raise OSError(f"openai/gsm8k cannot be read from the hub: {error}") from error
     return {split: [dict(row) for row in data[split]] for split in SPLITS}
 
 
 def generate(train: int, test: int, seed: int) -> dict[str, list[Problem]]:
-    """Our own word problems in GSM8K's format."""
+    """Generate word problems in GSM8K's format, ``train`` and ``test`` of them."""
     return {
         "train": list(itertools.islice(problems(seed), train)),
         "test": list(itertools.islice(problems(seed + 1), test)),
@@ -44,14 +44,13 @@ def generate(train: int, test: int, seed: int) -> dict[str, list[Problem]]:
 
 
 def to_verl(rows: list[Problem], pool: list[Problem], split: str, shots: int) -> list[dict]:
-    """Rows in the form verl's GSM8K recipe uses.
+    """Convert problems to rows as in verl's GSM8K recipe.
 
     Args:
         rows: problems to ask.
-        pool: problems to take worked examples from; another ``shots`` of them for each question,
-            the same every time.
+        pool: problems to draw worked examples from. The draw differs between questions, not between calls.
         split: "train" or "test", for ``extra_info``.
-        shots: worked examples before each question.
+        shots: number of worked examples before each question.
     """
     out = []
     for index, row in enumerate(rows):
@@ -70,7 +69,7 @@ def to_verl(rows: list[Problem], pool: list[Problem], split: str, shots: int) ->
 
 
 def prompt(row: Problem, examples: list[Problem]) -> str:
-    """The question, after worked examples."""
+    """The text of a prompt: worked examples, then the question."""
     question = f"{row['question']} {INSTRUCTION}"
     texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in examples]
     return "\n\n".join([*texts, f"Question: {question}"]) if examples else question
@@ -85,7 +84,7 @@ def final_answer(row: Problem) -> str:
 
 
 def write(data: dict[str, list[Problem]], folder: Path, shots: int, limit: int | None) -> None:
-    """Write train.parquet and test.parquet to ``folder``."""
+    """Write train.parquet and test.parquet to ``folder``, at most ``limit`` rows each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,6 +1,6 @@
-"""Word problems in GSM8K's format, from a seed: for machines that reach neither the data set nor a hub.
+"""Generates word problems in GSM8K's format, for machines that cannot reach the data set.
 
-One operation each, on numbers that a model of a million parameters can learn (tiny_model.py).
+Each problem has one operation on small numbers, which a model of a million parameters can learn (tiny_model.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 
 Problem = dict[str, str]
-"""``question`` and ``answer``, the answer ending in "#### <integer>" as GSM8K's do."""
+"""``question`` and ``answer``. The answer ends with "#### <integer>", as in GSM8K."""
 
 NAMES = [
     *("Ada", "Ben", "Carla", "Deniz", "Elif", "Farid", "Grace", "Hana", "Ivan", "Jing"),
@@ -29,7 +29,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 
 def worked(before: str, first: int, sign: str, second: int, after: str) -> str:
-    """An answer in GSM8K's form, its calculator annotation included."""
+    """An answer in GSM8K's format, including the calculator annotation."""
     result = OPERATIONS[sign](first, second)
     return f"{before} {first} {sign} {second} = <<{first}{sign}{second}={result}>>{result} {after}.\n#### {result}"
 
@@ -84,7 +84,7 @@ KINDS: tuple[Callable[[random.Random], Problem], ...] = (_buying, _giving, _addi
 
 
 def problems(seed: int) -> Iterator[Problem]:
-    """An endless sequence of problems, the same for the same seed on every machine."""
+    """Yield problems without end. The same seed gives the same problems on every machine."""
     r = random.Random(seed)
     while True:
         yield r.choice(KINDS)(r)

@@ -1,10 +1,10 @@
-"""Proof, on two live vLLM servers, that the second reads the KV that the first has computed.
+"""Tests on two live vLLM servers that the second loads KV that the first has computed.
 
-Counters alone prove little: vLLM's count what a lookup promised, and KV of other weights as well. So each answer is
-compared with one that is computed without any cache: the same prompt under a policy and a salt of its own. The
-servers must be idle while they are asked: the counts are differences of their metrics.
+Counters alone prove little. vLLM's counters show what a lookup promised, and include KV of other weights. So each
+answer is compared with a reference, which the server computes without any cache: same prompt, but a new policy and
+salt. Token counts are differences of the servers' metrics, so the servers must be idle otherwise.
 
-One prompt is new in each run. Another, for each server, is the same in every run: what an earlier run has left of it
+One prompt is new in each run. One more prompt per server is the same in all runs. KV that an earlier run has left of it
 must not be served after the weights have changed.
 """
 
@@ -22,13 +22,13 @@ from kvshare.core import policy
 from kvshare.core.errors import UserError
 from kvshare.tools import vllm_http
 
-TOKENS = 1100  # of a prompt: four chunks of 256
+TOKENS = 1100  # per prompt: four chunks of 256
 ANSWER = 8  # tokens
-ATTEMPTS = 5  # a store may take a moment to arrive
+ATTEMPTS = 5  # a store may take a moment to finish
 EXACT = 1e-4  # log-probabilities that differ by less are equal
-NOISE = 4  # times what the engine's own prefix cache changes, likewise
+NOISE = 4  # or by less than so many times the difference that a local hit makes
 
-COUNTERS = {  # tokens of prompts
+COUNTERS = {  # all count prompt tokens
     "prompt": "vllm:prompt_tokens_total",
     "local": "vllm:prefix_cache_hits_total",
     "asked": "vllm:external_prefix_cache_queries_total",
@@ -42,29 +42,26 @@ class Answer(NamedTuple):
     logprobs: list[float]
     seconds: float
     local: int = 0  # prompt tokens from vLLM's own prefix cache
-    asked: int = 0  # that the connector was asked for; 0 if there is none
-    found: int = 0  # that it promised
-    loaded: int = 0  # that arrived; what was promised, where kvshare's plugin does not count it
+    asked: int = 0  # prompt tokens that the connector was asked for; 0 without a connector
+    found: int = 0  # prompt tokens that its lookup found
+    loaded: int = 0  # prompt tokens that arrived; equal to found without kvshare's plugin
 
     def difference(self, other: Answer) -> float:
-        """Largest difference of log-probabilities, as long as the tokens before are the same; NaN is infinite."""
+        """Largest difference of log-probabilities, up to the first token that differs. NaN counts as infinite."""
         worst = 0.0
-        for mine, yours, a, b in zip(self.tokens, other.tokens, self.logprobs, other.logprobs, strict=True):
+        for token, other_token, a, b in zip(self.tokens, other.tokens, self.logprobs, other.logprobs, strict=True):
             apart = abs(a - b)
             worst = max(worst, math.inf if math.isnan(apart) else apart)
-            if mine != yours:
+            if token != other_token:
                 break
         return worst
 
 
 class Server:
-    """A vLLM server.
+    """A vLLM server. The constructor and all methods raise UserError if it does not answer as vLLM does.
 
     Args:
-        stamp: policy of its requests, as a rollout server gives them one; None: what the server itself does.
-
-    Raises:
-        UserError: it is not there, or not vLLM; so do the methods.
+        stamp: policy id to send with each request, as a rollout server does. None: the server decides.
     """
 
     def __init__(self, url: str, stamp: str | None = None) -> None:
@@ -74,10 +71,10 @@ class Server:
             model = json.loads(vllm_http.get(f"{self.url}/v1/models"))["data"][0]
             self.model, self.room = model["id"], model["max_model_len"]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{self.url} is no vLLM server ({error}): give the address of one") from None
+            raise UserError(f"{self.url} is not a vLLM server ({error}): give another address") from None
 
     def ask(self, prompt: list[int], salt: str | None = None) -> Answer:
-        """Args: prompt as token ids; salt: a policy of its own, which keeps it, and what it stores, to itself."""
+        """Send a prompt of token ids. ``salt`` is its policy and cache salt; a new one keeps it from sharing KV."""
         salt = salt or self._stamp
         body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": ANSWER, "temperature": 0}
         body |= {"logprobs": 1, "ignore_eos": True, "return_tokens_as_token_ids": True}
@@ -99,12 +96,12 @@ class Server:
         except OSError as error:
             raise UserError(f"{self.url}/metrics does not answer ({error}): is it a vLLM server?") from None
         counts = {name: round(found.get(metric, 0)) for name, metric in COUNTERS.items()}
-        if COUNTERS["loaded"] not in found:  # another connector, or LMCache without kvshare
+        if COUNTERS["loaded"] not in found:  # another connector, or no kvshare plugin
             counts["loaded"] = counts["found"]
         return counts
 
     def _counted(self, before: dict[str, int], tokens: int) -> dict[str, int]:
-        """How much the counts grew; they come a little after the answer."""
+        """Increase of the counters since ``before``. They are updated shortly after the answer, so wait for them."""
         deadline = time.monotonic() + 10
         while True:
             grew = {name: now - before[name] for name, now in self._counts().items()}
@@ -133,11 +130,11 @@ class Proof:
 
 
 class Fault(Exception):
-    """Args: verdict, why."""
+    """A failed test. Args: verdict, why."""
 
 
 def verify(first: Server, second: Server) -> Proof:
-    """What a user of both can count on; raises UserError if one cannot be asked."""
+    """Test whether ``second`` reuses KV of ``first``. Raises UserError if a server does not answer."""
     verification = Verification(first, second)
     try:
         verdict, why = "SHARING", verification.run()
@@ -147,7 +144,7 @@ def verify(first: Server, second: Server) -> Proof:
 
 
 class Verification:
-    """What is found on the way is in ``facts``, whatever the verdict."""
+    """One run of the test. ``facts`` has all measurements, whatever the verdict."""
 
     def __init__(self, first: Server, second: Server) -> None:
         self.facts: dict[str, str] = {}
@@ -156,10 +153,10 @@ class Verification:
         self._tolerance = EXACT
 
     def run(self) -> str:
-        """Why it is sharing. What makes answers wrong comes first.
+        """Run the test and return the reason for the verdict SHARING. Wrong answers are reported before missing hits.
 
         Raises:
-            Fault: it is not, or not only that.
+            Fault: any other verdict.
         """
         for server in (self._first, self._second):
             if not server.ask(_prompt(policy.private_policy(), self._length)).asked:
@@ -172,15 +169,15 @@ class Verification:
             else "nothing: run it again after the weights have changed"
         )
         if not answer.found:
-            raise Fault("NOT SHARING", f"the second finds nothing of what the first has computed: {HINT}")
+            raise Fault("NOT SHARING", f"the second finds no KV of the first: {HINT}")
         if not answer.loaded:
             raise Fault(
                 "NOT SHARING", f"the second found {answer.found:,} tokens, and none of them arrived: {REJECTED}"
             )
-        return f"the second read {answer.loaded:,} of {self._length:,} tokens, and answers as without"
+        return f"the second loaded {answer.loaded:,} of {self._length:,} tokens, and answers as it does without a cache"
 
     def _new(self) -> Answer:
-        """The second's, to a prompt nobody knew and the first has computed."""
+        """The second server's answer to a new prompt that the first server has just computed."""
         for attempt in range(ATTEMPTS):
             prompt = _prompt(policy.private_policy(), self._length)
             self._first.ask(prompt)
@@ -188,22 +185,24 @@ class Verification:
             answer = self._second.ask(prompt)
             if answer.loaded:
                 break
-        mine, its = self._reference(self._first, prompt), self._reference(self._second, prompt)
-        apart = answer.difference(its)
+        of_first, of_second = self._reference(self._first, prompt), self._reference(self._second, prompt)
+        apart = answer.difference(of_second)
         self.facts |= {
             "prompt": f"{self._length:,} tokens",
             "read by the second": f"{answer.loaded:,} of {answer.found:,} found, {answer.seconds * 1000:.0f} ms",
-            "computed by the second": f"{self._length:,} tokens, {its.seconds * 1000:.0f} ms",
+            "computed by the second": f"{self._length:,} tokens, {of_second.seconds * 1000:.0f} ms",
             "log-probabilities": f"differ by at most {apart:.1e} (equal up to {self._tolerance:.1e})",
         }
-        if mine.difference(its) > self._tolerance:
-            raise Fault("DIFFERENT", "without a cache the two answer differently: other weights, or another dtype")
+        if of_first.difference(of_second) > self._tolerance:
+            raise Fault(
+                "DIFFERENT", "without a cache the two answer differently: they have other weights or another dtype"
+            )
         if apart > self._tolerance:
-            raise Fault("CORRUPT", "the second reads something else than the first has computed")
+            raise Fault("CORRUPT", "the second loads other KV than the first has computed")
         return answer
 
     def _old(self, place: str, server: Server) -> int:
-        """Tokens that an earlier run has left in a server, or for it, of a prompt that is the same in every run."""
+        """Tokens of an earlier run that a server finds, of the prompt that is the same in all runs."""
         prompt = _prompt(f"kvshare verify, {place}", self._length)
         reference, answer = self._reference(server, prompt), server.ask(prompt)
         left, apart = answer.loaded + answer.local, answer.difference(reference)
@@ -216,18 +215,18 @@ class Verification:
         return left
 
     def _reference(self, server: Server, prompt: list[int]) -> Answer:
-        """Computed without a cache. Asked again, the engine's own prefix cache shows what rounding is."""
+        """The answer without a cache. Asking again gives a local hit, whose difference shows the rounding errors."""
         salt = policy.private_policy()
         reference, again = server.ask(prompt, salt), server.ask(prompt, salt)
         if reference.found or reference.local:
             found = reference.found + reference.local
-            raise Fault("STALE", f"{server.url} gave {found:,} tokens to a policy that nobody has: its keys have none")
+            raise Fault("STALE", f"{server.url} found {found:,} tokens under a new policy: its keys ignore the policy")
         self._tolerance = max(self._tolerance, NOISE * reference.difference(again))
         return reference
 
 
 HINT = (
-    "is it the same LMCache service for both, PYTHONHASHSEED=0 in the environment of both? "
+    "do both use the same LMCache service, and have PYTHONHASHSEED=0 in their environment? "
     "Search their logs for 'degraded mode' and 'unhealthy'"
 )
 REJECTED = "it computed them itself, and its log says why (search for 'checksum' and 'until it is healthy')"

@@ -12,7 +12,7 @@ from kvshare.core import policy
 from kvshare.hooks.verl import rollout_server
 from kvshare.hooks.verl.rollout_server import KVShareReplica, KVShareServer, _salted, _server_class, _tag
 from kvshare.record import worker_events
-from kvshare.record.event_log import Ledger, Reader
+from kvshare.record.event_log import EventLog, Reader
 from kvshare.routing.cost_model import Rates
 from kvshare.routing.prefixes import StoredPrefixes
 
@@ -79,7 +79,7 @@ def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypa
     errors = []
     monkeypatch.setattr(rollout_server, "READY_SECONDS", 0.01)
     monkeypatch.setattr(rollout_server.logger, "error", lambda text, *args: errors.append(text % args))
-    server._ready, server._ledger = asyncio.Event(), Ledger(0, str(tmp_path))
+    server._ready, server._event_log = asyncio.Event(), EventLog(0, str(tmp_path))
 
     async def scenario():
         checking = asyncio.create_task(server._check_ready())
@@ -122,7 +122,7 @@ def test_tag_keeps_what_was_there():
 
 def test_adapter_is_part_of_the_policy(server):
     """The stamp of a request with a LoRA adapter differs from one without."""
-    server._prefixes = server._ledger = server._ready = _Anything()
+    server._prefixes = server._event_log = server._ready = _Anything()
     server._chunk_size = 256
     stamps = []
 

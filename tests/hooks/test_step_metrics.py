@@ -1,4 +1,4 @@
-"""kvshare's metrics in verl's own logger: the real Tracking, its file and console backends, and a ledger."""
+"""kvshare's metrics in verl's own logger: the real Tracking, its file and console backends, and an event log."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import verl.utils.tracking as tracking
 from test_report import load, request, store
 
 from kvshare.hooks.verl import step_metrics
-from kvshare.record.event_log import Ledger
+from kvshare.record.event_log import EventLog
 
 
 @pytest.fixture
@@ -32,7 +32,9 @@ def log(tmp_path, monkeypatch):
 
 def write(folder, *events):
     for event in events:
-        Ledger(event["replica"], str(folder)).write(**{k: v for k, v in event.items() if k not in ("time", "replica")})
+        EventLog(event["replica"], str(folder)).write(
+            **{k: v for k, v in event.items() if k not in ("time", "replica")}
+        )
 
 
 def step(number):

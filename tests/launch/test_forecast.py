@@ -110,7 +110,7 @@ def test_verdicts_of_recipes():
     few = forecast([step], recipe(replicas=4), of=2)
     assert few.verdict.startswith("at most 57.6% of prompt tokens can be shared")
     alone = forecast([step], recipe(replicas=1), of=2).verdict
-    assert alone.endswith("with chunk_size 256: one replica has nobody to share with; try more devices")
+    assert alone.endswith("with chunk_size 256: one replica has no other to share with; try more devices")
     assert "0.0% " in (routed := forecast([step], recipe(routed=False), of=2).verdict)
     assert routed.endswith("all replicas compute a prompt at once; try ROUTER=config/router.yaml")
     once = forecast([step], recipe(samples=1), of=2).verdict

@@ -81,7 +81,7 @@ KV = "++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config="
 
 BAD_OVERRIDES = {
     "foo=1": "verl's config cannot be composed: Could not override 'foo'",
-    "trainer.n_gpus_per_node=0": "trainer.n_gpus_per_node is 0, must be a number from 1",
+    "trainer.n_gpus_per_node=0": "trainer.n_gpus_per_node is 0, must be an integer of at least 1",
     "trainer.nnodes=two": "trainer.nnodes is 'two'",
     "actor_rollout_ref.rollout.tensor_model_parallel_size=4": "2 devices a node cannot be split into replicas of 4",
     "actor_rollout_ref.model.path=/no/such": "model /no/such does not exist: set MODEL_PATH",
@@ -311,7 +311,7 @@ def test_key_too_long_for_lm(job, environment):
     """As it is with a long path and without kvshare's short names."""
     environment.setattr(policy, "MAX_MODEL_NAME", 1000)
     (error,) = errors(job(f"actor_rollout_ref.model.path=/{'long/' * 30}"))
-    assert error == "a key of 181 characters is too long for lm://, 150 fit: give the model a shorter path"
+    assert error == "a key of 181 characters is too long for lm://, which allows 150: give the model a shorter path"
 
 
 def test_compiled_code_that_does_not_load(job):
@@ -378,7 +378,7 @@ def test_mp(job, environment, mp_server):
     assert errors(good) == []
     assert good.facts["service"] == f"lmcache server at {mp_server.removeprefix('tcp://')}"
     (error,) = errors(job(backend="mp"))
-    assert error == "kv_connector LMCacheConnectorV1 is not that of the mp backend: run another launcher"
+    assert error == "kv_connector LMCacheConnectorV1 is not for the mp backend: run another launcher"
     environment.setenv("LMCACHE_CHUNK_SIZE", "128")
     (error,) = errors(job(f"{connector}='{right}'", backend="mp"))
     assert "has chunks of 256 tokens, chunk_size is 128" in error
@@ -390,7 +390,7 @@ def test_mp(job, environment, mp_server):
 def test_fewer_devices_than_asked(job):
     pytest.importorskip("torch")
     found = list(recipe.devices(_composed(job, "cuda")))
-    assert found == ["2 cuda devices asked for, 0 found: set N_DEVICES, or make more visible"]
+    assert found == ["2 cuda devices wanted, 0 found: set N_DEVICES, or make more visible"]
 
 
 def _composed(job, device, *overrides):

@@ -196,7 +196,7 @@ def test_forecast_stands_next_to_what_was_measured():
     assert list(summary.against_forecast(result).values()) == [(130, 128), (0, 0), (99, 120)]
 
 
-def test_replica_that_left_no_ledger_is_named():
+def test_replica_without_event_log_is_named():
     result = summary.summarize([request(0, "p", 300)], [], {**RUN, "replicas": 3})
     assert result["unseen"] == [1, 2]
     assert "NOT SEEN: replica 1, 2" in summary.verdict(result)

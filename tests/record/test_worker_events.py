@@ -68,5 +68,5 @@ def test_garbage_is_one_line(garbage, monkeypatch):
     monkeypatch.setattr(worker_events.logger, "error", lambda text, *args: errors.append(text % args))
     assert asyncio.run(receive(garbage, json.dumps(LOAD).encode())) == [LOAD]
     assert len(errors) == 1
-    assert "no event" in errors[0]
+    assert "is not an event" in errors[0]
     assert len(errors[0]) < 1000

@@ -134,7 +134,7 @@ def test_mp_server_takes_no_more_than_there_is(size, tmp_path):
     done = command("up", "--backend", "mp", cwd=tmp_path, env={**os.environ, "LMCACHE_MAX_LOCAL_CPU_SIZE": size})
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"kvshare: max_local_cpu_size {size} must be a number of GiB, less than the ")
+    assert line.startswith(f"kvshare: max_local_cpu_size {size} must be a number of GiB below the ")
 
 
 def test_get_chunk_size_is_what_lmcache_calls_it():

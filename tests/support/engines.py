@@ -32,7 +32,7 @@ class Engine:
     """``python -m vllm.entrypoints.openai.api_server`` on a free port; answers are exact (fp32, greedy).
 
     Args:
-        rank: which replica it plays in the ledger lines of ``events``.
+        rank: which replica it plays in the event log lines of ``events``.
         environment: on top of the tests' own.
         host: address it listens on.
         inside: command to run it with, e.g. in another network namespace.

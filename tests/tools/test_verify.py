@@ -67,5 +67,5 @@ def test_nobody_is_there():
     done = subprocess.run([sys.executable, "-m", "kvshare", "verify", url, url], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        f"kvshare: {url} is no vLLM server (<urlopen error [Errno 111] Connection refused>): give the address of one\n"
+        f"kvshare: {url} is not a vLLM server (<urlopen error [Errno 111] Connection refused>): give another address\n"
     )

@@ -20,7 +20,7 @@ from kvshare.core import lmcache_settings, p2p_identity, policy, ports
 from kvshare.hooks import check
 from kvshare.hooks.verl.cpu_platform import is_cpu
 from kvshare.record import worker_events
-from kvshare.record.event_log import RUN_DIR, Ledger
+from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.routing.cost_model import Pace, Rates
 from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
 
@@ -53,7 +53,7 @@ class KVShareServer(vLLMHttpServer):
         self._ready = asyncio.Event()
         self._updating = self._warned = False
         self._before_first_update = policy.private_policy()
-        self._ledger = Ledger(replica_rank, os.environ.get(RUN_DIR))
+        self._event_log = EventLog(replica_rank, os.environ.get(RUN_DIR))
         os.environ[worker_events.ADDRESS] = self._events.address  # inherited by the engine's processes
         super().__init__(replica_rank=replica_rank, **kwargs)
         self._chunk_size = self._own_lmcache_config()
@@ -81,7 +81,7 @@ class KVShareServer(vLLMHttpServer):
         try:
             await asyncio.wait_for(self._ready.wait(), READY_SECONDS)
         except TimeoutError:
-            self._ledger.write("degraded")
+            self._event_log.write("degraded")
             logger.error(
                 "replica %d shares NO KV: LMCache did not start in it, or its server does not answer (search its log "
                 "for 'degraded mode' and 'does not answer'); training goes on without sharing",
@@ -168,7 +168,7 @@ class KVShareServer(vLLMHttpServer):
                     cached = output.num_cached_tokens or 0
                     tokens = sum(len(o.token_ids) for o in output.outputs)
                     self._rates.answered(tokens, time.monotonic() - answered)
-                    self._ledger.write("request", policy=stamp, prompt=prompt_tokens, cached=cached, prefill=prefill)
+                    self._event_log.write("request", policy=stamp, prompt=prompt_tokens, cached=cached, prefill=prefill)
 
         return stamped
 
@@ -201,7 +201,7 @@ class KVShareServer(vLLMHttpServer):
             return
         elif event["tokens"]:
             self._rates.loaded(sum(event["tokens"]), event["seconds"])
-        self._ledger.write(op, **event)
+        self._event_log.write(op, **event)
 
     async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
         """For the router: whether others can find the prefix (the last of ``chunk_digests``), once that is clear.

@@ -1,7 +1,7 @@
 """Every step's sharing in verl's own logger, under ``kvshare/``, and in one line on the console.
 
 verl 0.9.1 gives its trainers no hook for metrics of somebody else's, so ``Tracking.log`` is wrapped,
-through which all of them log. A step is what the ledger holds between two calls; only what is new in
+through which all of them log. A step is what the event log holds between two calls; only what is new in
 it is read. What goes wrong here is logged once, and training goes on without these metrics.
 """
 
@@ -18,7 +18,7 @@ from cachetools import LRUCache
 from kvshare.core import server_status
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record import token_sources
-from kvshare.record.event_log import RUN_DIR, Ledger, Reader
+from kvshare.record.event_log import RUN_DIR, EventLog, Reader
 from kvshare.record.summary import STEP, not_seen
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Steps:
     """The steps of a run, as they end."""
 
     def __init__(self, folder: Path) -> None:
-        self._ledger = Ledger("trainer", str(folder))
+        self._event_log = EventLog("trainer", str(folder))
         self._reader = Reader(folder)
         self._run = _read(folder / "run.json")
         self._seen: set[int] = set()
@@ -71,7 +71,7 @@ class Steps:
         self._seen |= {event["replica"] for event in events}
         token_sources.remember(self._stored, events)
         self._prefill = max(filter(None, [self._prefill, token_sources.fastest_prefill(events)]), default=None)
-        self._ledger.write("step", step=number, server=server_status.read(self._run.get("server_status")))
+        self._event_log.write("step", step=number, server=server_status.read(self._run.get("server_status")))
         metrics = token_sources.metrics(events, self._stored, self._prefill)
         metrics["replicas_seen"] = len(self._seen)
         unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in self._seen]

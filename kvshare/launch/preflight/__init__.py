@@ -1,9 +1,9 @@
-"""Everything that would make a run fail or share nothing, found before it starts.
+"""Finds, before a run starts, everything that would make it fail or share nothing.
 
-A check is a function of the Job that yields one line for each thing to mend: what is wrong, where, and what to
-do. Its name is its row in the table; ``job.facts[name]`` is what the row says when all is well. A new check goes
-into the module of its subject and into STAGES (it stops the run) or WARNINGS (so does a UserError it raises); what only
-one backend needs goes into the module of that backend, and a new backend is a module in BACKENDS.
+A check is a function that takes the Job and yields one line per problem: what is wrong, where, and what to do. Its name
+is its row in the table. If it finds nothing, the row shows ``job.facts[name]``. To add a check, put it into the module
+of its subject and into STAGES, which stop the run, or into WARNINGS, which stop it only by raising a UserError. A check
+for one backend goes into the module of that backend.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvshare.launch.preflight.record import record as record
 
 Check = Callable[[Job], Iterator[str]]
 
-# What depends on a stage is not checked when something in it is wrong.
+# Later stages depend on earlier ones, so an error ends the checks after its stage.
 STAGES: tuple[tuple[Check, ...], ...] = (
     (packages.packages,),
     (recipe.config,),
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 def run(job: Job) -> list[Finding]:
-    """What there is to say: errors first, then warnings, then what is well."""
+    """Run all checks. Return errors first, then warnings, then passed checks."""
     found: list[Finding] = []
     for stage in STAGES:
         found += [finding for check in stage for finding in _run(check, job, "error")]
@@ -55,10 +55,10 @@ def run(job: Job) -> list[Finding]:
 
 
 def forecast(job: Job) -> Forecast:
-    """The forecast alone; needs no service, device or environment, and fits a run on another machine.
+    """Make only the forecast. It needs no service, device or environment, so it works for a run on another machine.
 
     Raises:
-        UserError: what it needs is wrong.
+        UserError: a check that the forecast depends on has failed.
     """
     if wrong := versions.missing(job.device, job.backend):
         raise UserError("; ".join(wrong))
@@ -82,6 +82,6 @@ def _run(check: Check, job: Job, level: str) -> list[Finding]:
     except UserError as error:
         level = "error"
         lines.append(str(error))
-    except Exception as error:  # a value nobody thought of: one line all the same
+    except Exception as error:  # a value that the check does not expect
         lines.append(f"check of {name} failed: {type(error).__name__}: {one_line(error)}")
     return [Finding(level, name, line) for line in lines] or [Finding("ok", name, job.facts.get(name, ""))]

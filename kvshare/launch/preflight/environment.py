@@ -1,4 +1,4 @@
-"""What processes inherit, or do not."""
+"""Checks the environment, and whether the workers of a running Ray cluster get it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvshare.launch.environment import PASSED_ON
 
 NOT_NEEDED = {*NOT_SETTINGS, "VLLM_NO_USAGE_STATS"} - {"LMCACHE_CONFIG_FILE"}
 FORWARDED = {"VERL_FULL_DETERMINISM", "VLLM_BATCH_INVARIANT", "VERL_RL_INSIGHT_ENABLE", "PYTHONHASHSEED", "NCCL_ALGO"}
-"""By verl 0.9.1, get_ppo_ray_runtime_env."""
+"""Variables that verl 0.9.1 forwards (get_ppo_ray_runtime_env)."""
 
 
 def environment(job: Job) -> Iterator[str]:
@@ -23,7 +23,7 @@ def environment(job: Job) -> Iterator[str]:
 
 
 def cluster(job: Job) -> Iterator[str]:
-    """Workers of a Ray cluster that is up have the environment of who started it."""
+    """Check that workers of a running Ray cluster, which have the environment of ``ray start``, get all variables."""
     job.facts["cluster"] = "verl starts Ray itself"
     if not (address := _ray_address(job)):
         return
@@ -36,7 +36,7 @@ def cluster(job: Job) -> Iterator[str]:
 
 
 def _ray_address(job: Job) -> str | None:
-    """Of the cluster that verl's ``ray.init`` will connect to, as Ray looks for one; None: it starts its own."""
+    """Address of the cluster that verl's ``ray.init`` will connect to; None if it will start one."""
     current = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     address = os.environ.get("RAY_ADDRESS") or OmegaConf.select(job.config, "ray_kwargs.ray_init.address")
     address = address or (current.read_text().strip() if current.is_file() else None)

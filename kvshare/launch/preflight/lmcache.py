@@ -1,4 +1,4 @@
-"""LMCache's settings: YAML and environment."""
+"""Checks LMCache's settings in YAML and environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvshare.core.job import Job
 from kvshare.services.backends import BACKENDS
 
 CPU_BLOCK_SIZE = 128
-"""Tokens in a block of vLLM's CPU KV cache."""
+"""Tokens per block of vLLM's KV cache on CPU."""
 
 
 def settings(job: Job) -> Iterator[str]:
@@ -35,10 +35,10 @@ def settings(job: Job) -> Iterator[str]:
         if getattr(job.lmcache, option):
             yield f"{path}: {option}: true makes LMCache drop the policy of a request: set it to false"
     if job.device == "npu" and job.lmcache.store_async:
-        # vLLM frees a preempted request's blocks; the connector of vLLM 0.23 does not wait for the store.
+        # vLLM frees the blocks of a preempted request, and the connector of vLLM 0.23 does not wait for the store.
         yield f"{path}: store_async: true may store KV that vLLM has overwritten: set it to false"
     yield from BACKENDS[job.backend].settings(job, path)
-    if job.config.trainer.nnodes > 1 and job.backend != "mp":  # which has a server on each
+    if job.config.trainer.nnodes > 1 and job.backend != "mp":  # mp has one server per node
         yield from _localhost(job)
 
 
@@ -46,4 +46,4 @@ def _localhost(job: Job) -> Iterator[str]:
     for key in BACKENDS[job.backend].addresses:
         value = str(getattr(job.lmcache, key))
         if "localhost" in value or "127.0.0.1" in value:
-            yield f"{key} {value} is this machine only, the job has {job.config.trainer.nnodes} nodes: give its address"
+            yield f"{key} {value} is this machine only, the job has {job.config.trainer.nnodes} nodes: set its address"

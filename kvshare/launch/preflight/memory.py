@@ -1,4 +1,4 @@
-"""The forecast, and the memory it takes."""
+"""Makes the forecast, and checks that the KV of a step fits into memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kvshare.launch.preflight import prompts
 from kvshare.launch.preflight.lmcache import CPU_BLOCK_SIZE
 
 GPU_BLOCK_SIZE = 16
-"""Tokens in a block of vLLM's KV cache, by default; on Ascend it is CPU's."""
+"""Default tokens per block of vLLM's KV cache on GPUs. On Ascend it is CPU_BLOCK_SIZE."""
 
 FEW = 0.01
-"""Less than this share of prompt tokens is worth a warning."""
+"""A smaller fraction of shareable prompt tokens gives a warning."""
 
 
 def forecast(job: Job) -> Iterator[str]:
@@ -47,11 +47,11 @@ def recipe(job: Job) -> Recipe:
 
 
 MP_FULL = 0.8
-"""Of its memory: from here on LMCache's multi-process server evicts (--eviction-trigger-watermark)."""
+"""Fraction of its memory at which LMCache's multi-process server evicts (--eviction-trigger-watermark)."""
 
 
 def needed(job: Job) -> str:
-    """Memory that sharing takes, in one line; after ``forecast``."""
+    """Memory that sharing takes, in one line. ``forecast`` must have run."""
     assert job.forecast is not None
     settings, step = job.lmcache, f"a step stores {job.forecast.stored_bytes_a_step / 2**30:.2f} GiB"
     if job.backend == "mp":
@@ -62,12 +62,12 @@ def needed(job: Job) -> str:
 
 
 def memory(job: Job) -> Iterator[str]:
-    """Whether what a step stores has room where it goes."""
+    """Check that there is room for the KV that a step stores."""
     if job.forecast is None or not job.shares:
         return
     stored = job.forecast.stored_bytes_a_step
     job.facts["memory"] = needed(job)
-    if job.backend != "mp":  # there it is the server's
+    if job.backend != "mp":  # with mp the server holds this memory
         yield from _local_tier(job)
     status = os.environ.get(server_status.VARIABLE)
     if job.backend == "remote" and status and Path(status).is_file():
@@ -88,7 +88,7 @@ def _too_small(server: str, limit: int, stored: int, start: str) -> Iterator[str
 
 
 def _local_tier(job: Job) -> Iterator[str]:
-    """LMCache takes all of it when it starts, for each worker."""
+    """Check the local tier, which LMCache allocates in full at start, once per worker."""
     import psutil
 
     size = job.lmcache.max_local_cpu_size if job.lmcache.local_cpu else 0

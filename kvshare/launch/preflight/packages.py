@@ -1,4 +1,4 @@
-"""What must be installed, and fit together."""
+"""Checks that the packages and plugins of a run are installed and work together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvshare.core.versions import installed
 from kvshare.launch.arguments import has_flash_attention
 
 CUDA_CODE = ("lmcache.cuda_ops", "lmcache.c_ops")
-"""From LMCache 0.5.4 on, and before."""
+"""The name from LMCache 0.5.4 on, and the name before."""
 
 
 def packages(job: Job) -> Iterator[str]:
@@ -27,7 +27,7 @@ def packages(job: Job) -> Iterator[str]:
 
 
 def compiled(job: Job) -> Iterator[str]:
-    """Where LMCache's CUDA code does not load, it warns once in a log and goes on with something slow."""
+    """Check that LMCache's CUDA code loads. If not, LMCache only logs a warning and uses slow code."""
     if job.device != "cuda":
         return
     import torch
@@ -38,21 +38,21 @@ def compiled(job: Job) -> Iterator[str]:
         yield f"LMCache was built without its CUDA code, it would copy KV slowly: {fix}"
         return
     try:
-        module_from_spec(found)  # binds its symbols
+        module_from_spec(found)  # loads the library, but runs no code of the module
     except ImportError as error:
         name, reason = f"lmcache.{found.name}", one_line(error)
         yield f"{name}, LMCache's CUDA code, does not load with torch {torch.__version__} ({reason}): {fix}"
 
 
 def _extension(name: str) -> ModuleSpec | None:
-    """On disk: LMCache 0.5.3 puts a stand-in under the name of its own, without a spec and for any torch."""
+    """Find a compiled module on disk. LMCache 0.5.3 hides it in sys.modules behind a stand-in without a spec."""
     package, _, module = name.rpartition(".")
     parent = find_spec(package)
     return PathFinder.find_spec(module, parent.submodule_search_locations) if parent else None
 
 
 def attention(job: Job) -> Iterator[str]:
-    """verl's default needs flash-attn, which PyPI has as source only."""
+    """Check that flash-attn is there if the recipe needs it, as verl's default does. PyPI has it as source only."""
     if job.device != "cuda":
         return
     from omegaconf import OmegaConf

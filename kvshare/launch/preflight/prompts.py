@@ -1,4 +1,4 @@
-"""The prompts a run will send, as its own token ids: verl's data set, order and chat template."""
+"""Tokenizes the prompts of a run exactly as verl will: same data set, order and chat template."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kvshare.core.errors import UserError
 from kvshare.core.job import Job
 
 ENOUGH = 1_000_000
-"""Tokens: after so many no further step is looked at. Tokenizing them takes seconds."""
+"""Tokens after which no further step is read. Tokenizing so many takes seconds."""
 
 
 def steps(job: Job) -> tuple[list[list[list[int]]], int]:
-    """Prompts of the first steps, as token ids, and how many prompts the data has.
+    """Prompts of the first steps as token ids, and the number of prompts in the data.
 
     Raises:
-        UserError: there are too few for one step, which verl ends with a ZeroDivisionError.
+        UserError: there are too few prompts for one step. verl would fail with a ZeroDivisionError.
     """
     from datasets import disable_progress_bars
     from omegaconf import OmegaConf
@@ -27,10 +27,10 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     from verl.utils.config import omega_conf_to_dataclass
 
     model = omega_conf_to_dataclass(job.config.actor_rollout_ref.model)
-    # Filtering would tokenize all of it.
+    # Filtering would tokenize the whole data set.
     data: Any = OmegaConf.merge(job.config.data, {"filter_overlong_prompts": False})
     disable_progress_bars()
-    with contextlib.redirect_stdout(io.StringIO()):  # verl prints as it reads
+    with contextlib.redirect_stdout(io.StringIO()):  # verl prints while reading
         dataset = create_rl_dataset(
             data.train_files, data, model.tokenizer, model.processor, max_samples=data.get("train_max_samples", -1)
         )
@@ -41,7 +41,7 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     while sum(len(ids) for step in found for ids in step) < ENOUGH and (step := list(islice(prompts, size))):
         found.append(step)
     if found and len(found[-1]) < size:
-        left = len(found.pop())  # verl drops it, too
+        left = len(found.pop())  # verl also drops an incomplete step
     if not found:
         raise UserError(
             f"{left} of {len(dataset)} prompts have at most data.max_prompt_length {data.max_prompt_length} tokens, "
@@ -51,7 +51,7 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
 
 
 def _tokenized(dataset: Any, model: Any, data: Any) -> Iterator[list[int]]:
-    """As an agent loop of verl 0.9.1 builds the first prompt of a conversation."""
+    """Token ids of each prompt, built like the first prompt of a conversation in verl 0.9.1's agent loop."""
     from verl.trainer.ppo.utils import create_rl_sampler
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 

@@ -1,4 +1,4 @@
-"""verl's config: composed as the run will compose it, and what it names."""
+"""Composes verl's config as the run will, and checks the models, files and devices it names."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kvshare.core import ascend
 from kvshare.core.job import Job, one_line
 
 MP_CONNECTOR = "LMCacheMPConnector"
-FP32 = 4  # bytes; verl sends what the optimizer holds
+FP32 = 4  # bytes; verl sends weights in the optimizer's dtype
 
 ESTIMATORS = {
     *("gae", "grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "remax", "rloo", "rloo_vectorized"),
     *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "optimal_token_baseline", "tir_optimal_token_baseline"),
 }
-"""verl 0.9.1, AdvantageEstimator."""
+"""Values of AdvantageEstimator in verl 0.9.1."""
 
 
 def config(job: Job) -> Iterator[str]:
-    """verl's config, composed from the launcher's arguments as main_ppo will do it."""
+    """Compose verl's config from the launcher's arguments, as main_ppo will."""
     from hydra import compose, initialize_config_dir
 
     verl_spec = find_spec("verl")
@@ -34,14 +34,14 @@ def config(job: Job) -> Iterator[str]:
     try:
         with initialize_config_dir(version_base=None, config_dir=folder):
             job.config = compose(config_name=name, overrides=[*overrides, search])
-    except Exception as error:  # Hydra's and OmegaConf's own, which share no base
+    except Exception as error:  # Hydra's and OmegaConf's errors share no base class
         yield f"verl's config cannot be composed: {one_line(error)}: correct the override"
         return
     job.facts["config"] = f"{name} of {folder}"
     trainer = job.config.trainer
     for key in ("nnodes", "n_gpus_per_node"):
         if not isinstance(trainer[key], int) or trainer[key] < 1:
-            yield f"trainer.{key} is {trainer[key]!r}, must be a number from 1: set N_NODES and N_DEVICES"
+            yield f"trainer.{key} is {trainer[key]!r}, must be an integer of at least 1: set N_NODES and N_DEVICES"
 
 
 def devices(job: Job) -> Iterator[str]:
@@ -50,7 +50,7 @@ def devices(job: Job) -> Iterator[str]:
     if wanted % job.world_size:
         yield f"{wanted} devices a node cannot be split into replicas of {job.world_size}: change N_DEVICES"
     if job.device == "cpu" or os.environ.get("RAY_ADDRESS"):
-        return  # no devices to count, or those of a cluster
+        return  # no devices, or only those of this machine, could be counted here
     import torch
 
     if job.device == "npu":
@@ -59,7 +59,7 @@ def devices(job: Job) -> Iterator[str]:
     if found < wanted:
         visible = "ASCEND_RT_VISIBLE_DEVICES" if job.device == "npu" else "CUDA_VISIBLE_DEVICES"
         more = f"make more visible ({visible}={os.environ[visible]})" if visible in os.environ else "make more visible"
-        yield f"{wanted} {job.device} devices asked for, {found} found: set N_DEVICES, or {more}"
+        yield f"{wanted} {job.device} devices wanted, {found} found: set N_DEVICES, or {more}"
 
 
 def model(job: Job) -> Iterator[str]:
@@ -82,13 +82,13 @@ def model(job: Job) -> Iterator[str]:
     try:
         HfApi().model_info(model, timeout=10)
     except Exception as error:
-        yield f"model {model} is not in the local cache and the hub does not give it ({one_line(error)}): {fix}"
+        yield f"model {model} is not in the local cache and not available from the hub ({one_line(error)}): {fix}"
 
 
 def bucket(job: Job) -> Iterator[str]:
-    """verl sends weights in buckets of shared memory, where a weight that is larger ends the first update."""
+    """Check that the largest weight fits into verl's bucket of shared memory. If not, the first update would fail."""
     if job.device != "cpu" or not Path(job.config.actor_rollout_ref.model.path).is_dir():
-        return  # with CUDA IPC verl sends a large weight alone
+        return  # with CUDA IPC verl sends a large weight separately
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -134,11 +134,11 @@ def connector(job: Job) -> Iterator[str]:
         yield f"kv_transfer_config is not a JSON object: {value}"
         return
     if not str(connector.get("kv_connector", "")).startswith("LMCache"):
-        yield f"kv_transfer_config names no LMCache connector, nothing would be shared: {value}"
+        yield f"kv_transfer_config names no LMCache connector, so nothing would be shared: {value}"
     elif job.device == "npu" and connector["kv_connector"] != ascend.CONNECTOR:
         yield f"kv_connector {connector['kv_connector']} does not work on Ascend: use {ascend.CONNECTOR} (docs/npu.md)"
     elif (connector["kv_connector"] == MP_CONNECTOR) != (job.backend == "mp"):
-        yield f"kv_connector {connector['kv_connector']} is not that of the {job.backend} backend: run another launcher"
+        yield f"kv_connector {connector['kv_connector']} is not for the {job.backend} backend: run another launcher"
     job.facts["connector"] = str(connector.get("kv_connector"))
     if connector.get("kv_load_failure_policy") != "recompute":
         yield 'kv_transfer_config lacks "kv_load_failure_policy": "recompute": a failed load would fail the request'
@@ -147,7 +147,7 @@ def connector(job: Job) -> Iterator[str]:
 def graphs(job: Job) -> Iterator[str]:
     if job.device != "cpu" and job.shares and job.rollout.enforce_eager:
         yield (
-            "actor_rollout_ref.rollout.enforce_eager=true turns graphs off, and every decode step launches its kernels "
+            "actor_rollout_ref.rollout.enforce_eager=true turns graphs off, so every decode step launches its kernels "
             "one by one: set it to false"
         )
 

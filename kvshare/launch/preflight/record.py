@@ -1,4 +1,4 @@
-"""``run.json``: what preflight knows about a run, for its report."""
+"""Writes ``run.json``, the facts about a run that its report needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OF_A_RUN = ("run.json", "metrics.jsonl", "events-*.jsonl", "report.*")
 
 
 def record(job: Job, folder: Path) -> None:
-    """Write ``run.json``, which the report needs. What an earlier run left in the folder is moved aside, not lost."""
+    """Write ``run.json`` to ``folder``. Files of an earlier run there are moved to ``earlier-<time>``."""
     folder.mkdir(parents=True, exist_ok=True)
     if old := [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
         aside = folder / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,4 +1,4 @@
-"""The service that the backend of a job needs."""
+"""Checks the service that the backend of a job needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvshare.services.backends import BACKENDS
 
 def service(job: Job) -> Iterator[str]:
     if not job.shares:
-        job.facts["service"] = "no connector: a baseline, nothing is shared"
+        job.facts["service"] = "no connector (baseline), nothing is shared"
         return
     yield from BACKENDS[job.backend].running(job)
 
@@ -21,6 +21,6 @@ def exposure(job: Job) -> Iterator[str]:
     listed = [value.rpartition(":")[2] for value in values]
     for host, port in ports.exposed({int(port) for port in listed if port.isdigit()}):
         yield (
-            f"port {port} of LMCache listens on {host}, beyond this host, and asks nobody who they are: "
-            "start it with 127.0.0.1, or see to a firewall"
+            f"port {port} of LMCache listens on {host}, other hosts can reach it, and it has no authentication: "
+            "start it with 127.0.0.1, or protect it with a firewall"
         )

@@ -1,4 +1,4 @@
-"""The ways to share KV. A backend is a module here with one BACKEND, and its entry in BACKENDS."""
+"""The ways to share KV. A backend is a module here that defines BACKEND, and an entry in BACKENDS."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BACKENDS = {"remote": remote.BACKEND, "p2p": p2p.BACKEND, "mp": mp.BACKEND}
 
 
 def place(backend: Backend, listen: str, folder: Path) -> tuple[list[str], Exports]:
-    """Command and exports of a backend's service on its ports, or free ones where those are taken.
+    """Command and exports of a backend's service. A port that is taken is replaced by a free one.
 
     Args:
-        listen: an address of this host, e.g. 127.0.0.1, or 0.0.0.0 for all of them.
-        folder: for what it writes.
+        listen: address of this host, e.g. 127.0.0.1; 0.0.0.0 for all of them.
+        folder: folder for the files of the service.
     """
     found = ports.free_ports(listen, backend.ports)
     host = ports.own_address() if listen == "0.0.0.0" else listen

@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""Defines the fields of a backend."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Exports = dict[str, str]
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to share KV, the service it needs, and what preflight checks of both.
+    """A way to share KV, the service it needs, and the preflight checks for both.
 
     Args:
-        service: what its service is called.
-        ports: of the service, by name; those in config/.
-        command: what starts it, from the address to listen on, the ports and a folder for what it writes.
-        exports: environment variables that tell others of it, from the host they reach it at, the ports and the folder.
-        check: returns where it is, from the exports; raises UserError when it is not healthy.
-        addresses: the LMCache settings with addresses that every replica must reach.
-        settings: lines about what the LMCache settings of a file lack.
-        running: lines about the service of a job; what is there goes into ``job.facts["service"]``.
+        service: name of the service.
+        ports: default ports of the service by name, the same as in config/.
+        command: makes the command that starts the service, from listen address, ports and folder for its files.
+        exports: makes the environment variables that point replicas to it, from host, ports and folder.
+        check: returns the address of the service, given its exports; raises UserError if it is not healthy.
+        addresses: LMCache settings with addresses that every replica must reach.
+        settings: yields one line for each mistake in the LMCache settings, given the job and the path of the file.
+        running: yields one line for each problem with the service, and describes it in ``job.facts["service"]``.
     """
 
     service: str

@@ -1,4 +1,4 @@
-"""The mp backend: the replicas of each host and one lmcache server there."""
+"""The mp backend: the replicas of each host share KV through one lmcache server on that host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
     if not str(job.lmcache.remote_url).startswith("tcp://"):
         yield f"{path}: remote_url is {job.lmcache.remote_url}, the mp backend needs tcp://HOST:PORT of lmcache server"
     if job.device == "npu":
-        yield "the mp backend does not run on Ascend: LMCache-Ascend 0.4.4's server is not implemented: use another"
+        yield "the mp backend does not run on Ascend, LMCache-Ascend 0.4.4 has only a stub of its server: use another"
 
 
 def _running(job: Job) -> Iterator[str]:
@@ -36,24 +36,24 @@ def _running(job: Job) -> Iterator[str]:
 
 
 def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
-    """It reads no config file: its arguments are what the launchers' says."""
-    launchers = Path(__file__).resolve().parents[3] / "config" / "mp_backend_config.yaml"
-    file = lmcache_settings.path(os.environ) or (str(launchers) if launchers.exists() else None)
+    """lmcache server reads no config file, so the values of the LMCache YAML become its arguments."""
+    default = Path(__file__).resolve().parents[3] / "config" / "mp_backend_config.yaml"
+    file = lmcache_settings.path(os.environ) or (str(default) if default.exists() else None)
     settings = lmcache_settings.read(file) if file else {}
-    # Not by LMCache, which takes ten seconds to import; its defaults.
+    # Importing LMCache to read its settings would take ten seconds. The fallbacks are its defaults.
     chunk_size = os.environ.get("LMCACHE_CHUNK_SIZE", settings.get("chunk_size", 256))
     memory = os.environ.get("LMCACHE_MAX_LOCAL_CPU_SIZE", settings.get("max_local_cpu_size", 5))
     _check_memory(memory)
     command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", listen, "--port", str(ports["server"])]
     command += ["--chunk-size", str(chunk_size), "--l1-size-gb", str(memory)]
-    command += ["--eviction-policy", "LRU"]  # KV of old policies is asked for by nobody, so it goes first
-    # Both ways to move KV: the default is for GPUs only, and leaves an engine on CPU waiting to be registered.
+    command += ["--eviction-policy", "LRU"]  # nothing looks up KV of old policies, so it is evicted first
+    # The default mode is for GPUs only. With it an engine on CPU waits forever to be registered.
     command += ["--supported-transfer-mode", "auto"]
     return [*command, "--http-host", "127.0.0.1", "--http-port", str(ports["http"]), "--disable-metrics"]
 
 
 def _check_memory(gib: Any) -> None:
-    """Where it cannot be pinned, the server takes all of it when it starts."""
+    """Check the size in GiB. Without a GPU the server allocates all of it at start."""
     free = psutil.virtual_memory().available / 2**30
     try:
         size = float(gib)
@@ -61,7 +61,7 @@ def _check_memory(gib: Any) -> None:
         size = 0.0
     if not 0 < size < free:
         raise UserError(
-            f"max_local_cpu_size {gib} must be a number of GiB, less than the {free:.1f} this machine has free: "
+            f"max_local_cpu_size {gib} must be a number of GiB below the {free:.1f} that are free on this machine: "
             "set it in the LMCache config, or LMCACHE_MAX_LOCAL_CPU_SIZE"
         )
 

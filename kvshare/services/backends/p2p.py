@@ -1,4 +1,4 @@
-"""The p2p backend: replicas that read from each other, and one lmcache_controller."""
+"""The p2p backend: replicas read KV from each other; one lmcache_controller knows which replica has what."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def _running(job: Job) -> Iterator[str]:
     at = health.check_controller(lmcache.controller_pull_url, lmcache.controller_reply_url)
     job.facts["service"] = f"lmcache_controller at {at}"
     if job.rollout.data_parallel_size > 1:
-        yield "the p2p backend takes one engine a replica: set rollout.data_parallel_size=1, and more devices or nodes"
+        yield "the p2p backend needs one engine per replica: set rollout.data_parallel_size=1"
     if job.config.trainer.nnodes > 1 and job.lmcache.p2p_host not in LOOPBACK:
-        yield f"p2p_host {job.lmcache.p2p_host} is one node's: set it to localhost, each replica takes its own node's"
+        yield f"p2p_host {job.lmcache.p2p_host} is one node's address: set it to localhost, each replica uses its own"
     try:
         check_ports(lmcache.to_dict(), job.replicas, job.world_size)
     except TooFewPorts as error:
@@ -49,7 +49,7 @@ def _running(job: Job) -> Iterator[str]:
 def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
     monitor = {name: port for name, port in ports.items() if name != "http"}
     command = [sys.executable, "-m", "lmcache.v1.api_server", "--host", listen, "--port", str(ports["http"])]
-    # A replica that is silent for so many seconds is forgotten; LMCache's default is never.
+    # Forget a replica after ten seconds without a heartbeat. LMCache's default is never.
     command += ["--health-check-interval", "2", "--lmcache-worker-timeout", "10"]
     return [*command, "--monitor-ports", json.dumps(monitor)]
 

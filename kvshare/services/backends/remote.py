@@ -1,4 +1,4 @@
-"""The remote backend: every replica and one lmcache_server."""
+"""The remote backend: all replicas share KV through one server that speaks lm://."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
 
 
 def _key(job: Job) -> Iterator[str]:
-    """lm:// has room for so many characters; LMCache asserts it with each key, in its worker."""
+    """Check that keys fit into lm://. If not, LMCache would fail an assertion in its worker with each key."""
     import torch
     from lmcache.utils import CacheEngineKey
     from lmcache.v1 import protocol
 
     model = policy.key_model_name(str(job.config.actor_rollout_ref.model.path))
     key = CacheEngineKey(model, job.world_size, job.world_size - 1, 2**64 - 1, torch.bfloat16).to_string()
-    room = getattr(protocol, "MAX_KEY_LENGTH", 150)  # a literal in older versions
+    room = getattr(protocol, "MAX_KEY_LENGTH", 150)  # older versions have no such constant
     if len(key) > room:
         fix = "give the model a shorter path"
-        yield f"a key of {len(key)} characters is too long for lm://, {room} fit: {fix}"
+        yield f"a key of {len(key)} characters is too long for lm://, which allows {room}: {fix}"
 
 
 def _running(job: Job) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _exports(host: str, ports: Ports, folder: Path) -> Exports:
 
 
 BACKEND = Backend(
-    service="kvshare server",  # not lmcache_server: what runs unwatched must not grow without end
+    service="kvshare server",  # not lmcache_server, which grows without a limit
     ports={"server": 65432},
     command=_command,
     exports=_exports,

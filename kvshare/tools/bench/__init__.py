@@ -1,1 +1,1 @@
-"""`kvshare bench`: what a hit saves on live engines."""
+"""`kvshare bench`: measures on live engines what a hit saves."""

@@ -1,6 +1,6 @@
-"""How fast this machine copies memory to its device, which loading KV cannot beat.
+"""Measures how fast this machine copies memory to its device, an upper limit for loading KV.
 
-Run it alone: ``python -m kvshare.tools.bench.copy_limit``.
+To run only this: ``python -m kvshare.tools.bench.copy_limit``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ REPEAT = 11
 
 
 def measure() -> tuple[str, float]:
-    """What was copied, and bytes a second; in a process of its own, which leaves no context on the device."""
+    """What was copied, and bytes per second. Runs in its own process, which leaves no context on the device."""
     out = subprocess.run([sys.executable, "-m", __name__], check=True, capture_output=True, text=True).stdout
     what, rate = json.loads(out.splitlines()[-1])
     return what, rate
 
 
 def machine() -> str:
-    """Cores, processor and device, as a bench names them."""
+    """Number of cores and the processor, in words."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     return f"{os.cpu_count()} cores of {cpu}"

@@ -1,4 +1,4 @@
-"""vLLM servers as `kvshare bench` sees them: asked over HTTP, and what they count."""
+"""Sends requests to vLLM servers for `kvshare bench`, and reads their counters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kvshare.record import worker_events
 from kvshare.tools import vllm_http
 
 Prompt = list[int]
-POLICY = policy.policy_id(policy.new_run(), 0)  # of all requests: the weights do not change
+POLICY = policy.policy_id(policy.new_run(), 0)  # for all requests, because the weights do not change
 
-# Of vLLM, tokens of prompts, once for each request; its prefix_cache_hits count again each time a request has to wait.
+# Prompt tokens, each request once. vLLM's prefix_cache_hits would count a request again each time it has to wait.
 COUNTERS = {
     "prompt": "vllm:prompt_tokens_total",
     "local": "vllm:prompt_tokens_by_source_total:local_cache_hit",
@@ -33,19 +33,19 @@ COUNTERS = {
 @dataclass
 class Answer:
     first: float  # seconds to the first token
-    end: float  # and to the last
+    end: float  # seconds to the last token
     logprob: float  # of the first token
 
 
 @dataclass
 class Sample:
-    """Some requests, sent at the same time."""
+    """The measurements of requests that were sent at the same time."""
 
-    first: float  # seconds to the last request's first token
-    end: float
-    prompt: int  # tokens of prompts
-    local: int  # of them from vLLM's own prefix cache
-    shared: int  # of them from the connector
+    first: float  # seconds until all requests have their first token
+    end: float  # seconds until all requests have ended
+    prompt: int  # prompt tokens
+    local: int  # prompt tokens from vLLM's own prefix cache
+    shared: int  # prompt tokens from the connector
     logprobs: list[float]
 
     def numbers(self) -> dict[str, float]:
@@ -62,10 +62,10 @@ class Endpoint:
         self._model = ""
 
     async def connect(self) -> dict[str, Any]:
-        """Its model, as ``/v1/models`` describes it.
+        """Look up the server's model and return its entry in ``/v1/models``.
 
         Raises:
-            UserError: it is not there, or does not count.
+            UserError: the server does not answer, or has no metrics.
         """
         try:
             async with self._session.get(f"{self.url}/v1/models") as response:
@@ -81,7 +81,7 @@ class Endpoint:
     async def ask(
         self, prompt: Prompt, tokens: int, request: str = "", heard: Callable[[], None] = lambda: None
     ) -> Answer:
-        """Args: ``request``: id for the plugin's events; ``heard``: called at the first token."""
+        """Send one prompt. ``request`` is its id in the plugin's events. ``heard`` is called at the first token."""
         params = {policy.TAG: POLICY, worker_events.REQUEST: request}
         body = {"model": self._model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         body |= {"logprobs": 1, "stream": True, "cache_salt": POLICY, "kv_transfer_params": params}
@@ -100,7 +100,7 @@ class Endpoint:
         return await asyncio.gather(*(self.ask(prompt, tokens) for prompt in prompts))
 
     async def counted(self) -> dict[str, int]:
-        """Tokens so far, by ``COUNTERS``."""
+        """Value of each counter in ``COUNTERS`` so far, in tokens."""
         async with self._session.get(f"{self.url}/metrics") as response:
             found = vllm_http.metrics(await response.text())
         if COUNTERS["prompt"] not in found:
@@ -118,7 +118,7 @@ async def endpoints(urls: Sequence[str]) -> AsyncIterator[list[Endpoint]]:
 
 
 async def sample(asked: Sequence[Endpoint], answers: Awaitable[list[Answer]]) -> Sample:
-    """What ``answers`` took, and what these endpoints counted meanwhile."""
+    """Await ``answers`` and measure them. The counters are those of the ``asked`` endpoints."""
     before = [await endpoint.counted() for endpoint in asked]
     got = await answers
     after = [await endpoint.counted() for endpoint in asked]
@@ -128,5 +128,6 @@ async def sample(asked: Sequence[Endpoint], answers: Awaitable[list[Answer]]) ->
 
 
 def unseen(count: int, tokens: int) -> list[Prompt]:
+    """``count`` new random prompts of ``tokens`` + 1 tokens."""
     rng = random.Random(uuid4().int)
     return [rng.choices(vllm_http.IDS, k=tokens + 1) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Starts what a bench config lists: a backend's service, two engines that share through it, one with no connector."""
+"""Starts the processes of a bench config: a backend's service, two engines that share KV, and one without connector."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ KEYS = {"backend": str, "arguments": list, "engine": str, "connector": dict, "en
 
 @dataclass
 class Engines:
-    urls: list[str]  # two that share
-    plain: str | None  # one with no connector
-    events: list[worker_events.Receiver] | None  # of the two, where they send any
-    chunk_size: int  # tokens
+    urls: list[str]  # the two that share
+    plain: str | None  # the one without connector
+    events: list[worker_events.Receiver] | None  # of the two that share; None if they send no events
+    chunk_size: int  # tokens per chunk
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A bench config.
+    """Read a bench config.
 
     Raises:
-        UserError: it is missing, or not like config/bench/remote_cpu.yaml.
+        UserError: the file is missing, or its keys are not those of config/bench/remote_cpu.yaml.
     """
     try:
         config = yaml.safe_load(path.read_text())
@@ -64,10 +64,10 @@ def read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def started(config: dict[str, Any], logs: Path) -> Iterator[Engines]:
-    """Everything the config lists, up; it ends with the context.
+    """Start everything that the config lists, and end it with the context.
 
     Raises:
-        services.NotStarted: something ended instead.
+        NotStarted: a process ended, or was not healthy in time.
     """
     logs.mkdir(parents=True, exist_ok=True)
     backend, receivers = BACKENDS[config["backend"]], [worker_events.Receiver(), worker_events.Receiver()]
@@ -100,17 +100,17 @@ def started(config: dict[str, Any], logs: Path) -> Iterator[Engines]:
         yield Engines(urls, plain, receivers, settings["chunk_size"])
 
 
-ENGINE_SECONDS = 600  # to load a model, compile it and capture graphs
+ENGINE_SECONDS = 600  # time to load a model, compile it and capture graphs
 
 
 def _ours(command: str) -> list[str]:
-    """The words of a command, with this Python where it says python3."""
+    """The words of a command, with this Python in place of python3."""
     first, *rest = shlex.split(command)
     return [sys.executable if first == "python3" else first, *rest]
 
 
 def _lmcache(environment: Mapping[str, str]) -> dict[str, Any]:
-    """LMCache's settings as the engines see them; in a process that has nothing else in its environment."""
+    """LMCache's settings as the engines see them. Read in another process, because they depend on its environment."""
     code = "import json, os; from kvshare.core import lmcache_settings as c; "
     code += "print(json.dumps(c.effective(os.environ.get('LMCACHE_CONFIG_FILE')).to_dict(), default=str))"
     done = subprocess.run(
