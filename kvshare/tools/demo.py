@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rich.console import Console
 
@@ -28,7 +29,7 @@ QUIET = {
 }
 
 STAGES = {  # text in the training log -> what to print
-    "kvshare services:": "the service of the backend is up",
+    "kvshare launch:": "the service of the backend is up",
     "Started a local Ray instance": "Ray is up, verl's workers are starting",
     "(KVShareServer": "two vLLM replicas are starting",
     "ready to fit": "replicas are up, first step (the slow one)",
@@ -59,11 +60,12 @@ class Demo:
             raise UserError("the demo runs from a clone of the project: git clone it, then make demo")
         self._clean()
         self._prepare()
-        with Processes(("KVSHARE_RUN_DIR", str(self.folder))) as processes:
+        with Processes(("KVSHARE_DEMO", uuid4().hex)) as processes:
             environment = {
                 **QUIET,
                 "LMCACHE_LOG_LEVEL": "INFO",
                 "START_SERVICES": os.environ.get("START_SERVICES", "1"),
+                "KVSHARE_RUN_DIR": str(self.folder),
                 "DATA_DIR": str(self.folder / "data"),
                 "MODEL_PATH": str(self.folder / "model"),
                 "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",

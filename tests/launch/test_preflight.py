@@ -220,6 +220,7 @@ BAD_YAML = {
     "extra_config: x=1": "must be a mapping",
     "use_layerwise: true": "use_layerwise: true makes LMCache drop the policy",
     "chunk_size: 200": "chunk_size 200 is not a multiple of 128",
+    "local_disk: 'file:///tmp/kv'": "would be one folder for all workers: remove it",
     "remote_url: http://localhost:1": "LMCache config",
 }
 
@@ -319,6 +320,13 @@ def test_compiled_code_that_does_not_load(job):
     (line,) = packages.compiled(job(device="cuda"))
     assert line.startswith("lmcache.cuda_ops, LMCache's CUDA code, does not load with torch 2.13.0+cpu (lib")
     assert line.endswith("or build it with the command in requirements/gpu-verl.txt")
+
+
+def test_chunks_are_whole_blocks_whatever_the_block_size(job):
+    key = "+actor_rollout_ref.rollout.engine_kwargs.vllm.block_size"
+    (line,) = errors(job(f"{key}=512"))
+    assert line == "chunk_size 256 is not a multiple of 512, the engines' block size"
+    assert errors(job(f"{key}=256")) == []
 
 
 def test_flash_attention_is_wanted_but_not_installed(job, environment):

@@ -10,8 +10,13 @@ from kvshare.core import ascend, lmcache_settings
 from kvshare.core.job import Job
 from kvshare.services.backends import BACKENDS
 
-CPU_BLOCK_SIZE = 128
-"""Tokens per block of vLLM's KV cache on CPU."""
+BLOCK_SIZE = {"cuda": 16, "cpu": 128, "npu": 128}
+"""vLLM's default tokens per block of its KV cache."""
+
+
+def block_size(job: Job) -> int:
+    """Tokens per block that the engines will have."""
+    return job.rollout.engine_kwargs.vllm.get("block_size") or BLOCK_SIZE[job.device]
 
 
 def settings(job: Job) -> Iterator[str]:
@@ -29,8 +34,12 @@ def settings(job: Job) -> Iterator[str]:
         return
     job.lmcache = lmcache_settings.effective(path)
     job.facts["settings"] = f"{path}, chunk_size {job.lmcache.chunk_size}"
-    if job.device == "cpu" and job.lmcache.chunk_size % CPU_BLOCK_SIZE:
-        yield f"chunk_size {job.lmcache.chunk_size} is not a multiple of {CPU_BLOCK_SIZE}, vLLM's block size on CPU"
+    if (job.device == "cpu" or job.backend == "mp") and job.lmcache.chunk_size % block_size(job):
+        # Whole blocks are copied; the first request would end the engine.
+        yield f"chunk_size {job.lmcache.chunk_size} is not a multiple of {block_size(job)}, the engines' block size"
+    if job.lmcache.local_disk and job.backend != "mp":
+        # Each LMCache takes the folder for its own: it evicts what others read, and has no checksum on disk.
+        yield f"{path}: local_disk {job.lmcache.local_disk} would be one folder for all workers: remove it"
     for option in ("use_layerwise", "enable_blending"):
         if getattr(job.lmcache, option):
             yield f"{path}: {option}: true makes LMCache drop the policy of a request: set it to false"

@@ -13,10 +13,7 @@ from kvshare.core.job import Job
 from kvshare.launch.forecast import Recipe, kv_bytes
 from kvshare.launch.forecast import forecast as predict
 from kvshare.launch.preflight import prompts
-from kvshare.launch.preflight.lmcache import CPU_BLOCK_SIZE
-
-GPU_BLOCK_SIZE = 16
-"""Default tokens per block of vLLM's KV cache on GPUs. On Ascend it is CPU_BLOCK_SIZE."""
+from kvshare.launch.preflight.lmcache import block_size
 
 FEW = 0.01
 """A smaller fraction of shareable prompt tokens gives a warning."""
@@ -35,12 +32,11 @@ def recipe(job: Job) -> Recipe:
 
     model = job.config.actor_rollout_ref.model
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    default = GPU_BLOCK_SIZE if job.device == "cuda" else CPU_BLOCK_SIZE
     return Recipe(
         replicas=job.replicas,
         samples=job.rollout.n,
         chunk_size=job.lmcache.chunk_size,
-        block_size=job.rollout.engine_kwargs.vllm.get("block_size") or default,
+        block_size=block_size(job),
         token_bytes=kv_bytes(config.get_text_config().to_dict(), 4 if job.rollout.dtype == "float32" else 2),
         routed=job.shares and bool(job.rollout.router_config_path),
     )
