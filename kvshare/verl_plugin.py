@@ -1,7 +1,7 @@
 """verl plugin: ``VERL_USE_EXTERNAL_MODULES=kvshare.verl_plugin``.
 
-verl imports this at the top of ``import verl``, in the driver and in every Ray worker; nothing heavy
-happens until verl itself imports the module that a hook is for.
+``import verl`` imports this module first, in the driver and in every Ray worker. It only registers hooks. A hook runs
+when verl imports the module that the hook patches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""vLLM plugin (entry point ``vllm.general_plugins``), loaded in every vLLM process.
+"""vLLM plugin (entry point ``vllm.general_plugins``): register kvshare's hooks in every vLLM process.
 
-It costs nothing where LMCache is not used: each hook runs when the module it mends is imported.
+A hook runs when the module that it patches is imported. Without LMCache, none of LMCache's hooks runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from kvshare.hooks.imports import when_imported
 
 
 def register() -> None:
-    """Called by vLLM in the API server, engine core and worker processes; safe to call again."""
+    """vLLM calls this in the API server, engine core and worker processes. A second call does nothing."""
     if getattr(register, "done", False):
         return
     register.done = True  # type: ignore[attr-defined]
@@ -17,10 +17,10 @@ def register() -> None:
         when_imported(module, hook)
 
 
-# Module to wait for, and what to call with it, in kvshare.hooks.
+# (module to wait for, "module:function" in kvshare.hooks to call with it)
 _HOOKS = (
     ("lmcache.v1.token_database", "lmcache.keys:patch_token_database"),
-    # Before keys, whose wrap of the same function is then around it: also what is not looked up has a policy.
+    # Before keys, which wraps the same function: the last wrap runs first, and keys must set the policy first.
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.skip_local_hits:patch_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.keys:patch_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.opt_out:patch_adapter"),
@@ -53,7 +53,7 @@ _HOOKS = (
     ),
     (
         "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector",
-        "lmcache.mp_connector:check_vllms",
+        "lmcache.mp_connector:check_vllm_connector",
     ),
     ("vllm.v1.core.sched.scheduler", "vllm.prefix_cache:patch_scheduler"),
 )

@@ -1,4 +1,4 @@
-"""What changes vLLM, LMCache and verl while they run: one folder for each of them, one module for each change.
+"""Hooks that patch vLLM, LMCache and verl at run time: one folder for each project, one module for each change.
 
-vllm_plugin.py and verl_plugin.py list which hook runs when which of their modules is imported.
+vllm_plugin.py and verl_plugin.py list the hooks and the upstream module whose import runs each of them.
 """

@@ -1,6 +1,6 @@
-"""Whether functions of other projects are the ones kvshare knows: by version, by parameters, by source.
+"""Check that an upstream function is one that kvshare knows: by version, by parameters, or by source.
 
-Every check asks for the version first: it must be in the table of ``core.versions``.
+Every check looks at the project's version first. That version must be in the table of ``core.versions``.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from packaging.specifiers import SpecifierSet
 from kvshare.core import versions
 
 Digests = Mapping[str, str]
-"""Digest of a function's source: the versions that have this source, e.g. {"5f2c07d9be41": "0.5.3, 0.5.6"}."""
+"""Maps the digest of a function's source to the versions with that source, e.g. {"5f2c07d9be41": "0.5.3, 0.5.6"}."""
 
 
 class UpstreamChanged(RuntimeError):
-    """What is to be wrapped or replaced is not what kvshare knows."""
+    """kvshare does not know the installed version of a function that it wraps or replaces."""
 
 
 def version(project: str) -> None:
-    """Raise UpstreamChanged unless the installed version is in the table."""
+    """Raise UpstreamChanged unless the installed version of ``project`` is in the table."""
     found, known = versions.installed(project), versions.known(project)
     sets = [SpecifierSet(one) for one in known.split(", ")]
     if found == "unknown" or not any(one.contains(found, prereleases=True) for one in sets):
@@ -34,16 +34,16 @@ def version(project: str) -> None:
 
 
 def parameters(module: Any, path: str, *names: str) -> None:
-    """Raise UpstreamChanged unless ``module.path`` is there and takes these."""
+    """Raise UpstreamChanged unless ``module.path`` exists and takes parameters of these names."""
     takes = inspect.signature(_find(module, path)).parameters
     if missing := [name for name in names if name not in takes]:
         raise _changed(module, path, f"lacks {', '.join(missing)}", versions.known(_project(module)))
 
 
 def source(module: Any, path: str, digests: Digests) -> None:
-    """Raise UpstreamChanged unless the source of ``module.path`` is one of these."""
+    """Raise UpstreamChanged unless the digest of the source of ``module.path`` is in ``digests``."""
     target = _find(module, path)
-    owner, known = inspect.getmodule(target) or module, ", ".join(digests.values())  # it may be inherited
+    owner, known = inspect.getmodule(target) or module, ", ".join(digests.values())  # a method may be inherited
     try:
         found = digest(target)
     except (OSError, TypeError) as error:
@@ -53,7 +53,7 @@ def source(module: Any, path: str, digests: Digests) -> None:
 
 
 def digest(target: Any) -> str:
-    """Of the code of a function or class; format, comments and docstrings do not count."""
+    """Digest of the code of a function or class, without its formatting, comments and docstrings."""
     return digest_tree(ast.parse(textwrap.dedent(inspect.getsource(target))).body[0])
 
 
@@ -64,7 +64,7 @@ def digest_tree(tree: ast.AST) -> str:
             and ast.get_docstring(node) is not None
         ):
             del node.body[0]
-    code = ast.dump(tree).replace(", type_params=[]", "")  # Python 3.11 has none
+    code = ast.dump(tree).replace(", type_params=[]", "")  # only in Python 3.12 and later
     return hashlib.sha256(code.encode()).hexdigest()[:12]
 
 
@@ -77,7 +77,7 @@ def _find(module: Any, path: str) -> Any:
 
 
 def _project(module: Any) -> str:
-    return module.__name__.split(".")[0].partition("_cu1")[0].replace("_", "-")  # nixl_cu12 is nixl
+    return module.__name__.split(".")[0].partition("_cu1")[0].replace("_", "-")  # nixl_cu12 belongs to nixl
 
 
 def _changed(module: Any, path: str, what: str, known: str) -> UpstreamChanged:

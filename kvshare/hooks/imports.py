@@ -1,4 +1,4 @@
-"""Call a hook when the module it is for is imported; if it refuses, that module cannot be imported any more."""
+"""Call a hook when its upstream module is imported. If the hook raises, every later import of that module fails too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import wrapt
 
 
 def when_imported(module: str, hook: str) -> None:
-    """Call ``hook``, "module:function" in kvshare.hooks, which is imported only then."""
+    """Import ``hook`` ("module:function" in kvshare.hooks) and call it when ``module`` is imported."""
     wrapt.register_post_import_hook(partial(_call, hook), module)
 
 
@@ -25,7 +25,7 @@ def _call(hook: str, module: Any) -> None:
 
 
 class _Refused:
-    """wrapt forgets the hooks of a module it has called, and would let a second import of it through without them."""
+    """Raises a hook's error on later imports of its module. wrapt calls a hook once, so they would go unpatched."""
 
     def __init__(self, module: str, error: Exception) -> None:
         self._module, self._error = module, error

@@ -1,4 +1,4 @@
-"""Wrap or replace functions of other projects, and refuse to where they are not the functions we know."""
+"""Wrap or replace upstream functions. Raise UpstreamChanged if kvshare does not know the installed function."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ logger = logging.getLogger(__name__)
 class Patch(NamedTuple):
     module: Any
     path: str
-    known_by: Iterable[str]  # parameters, or digests
+    known_by: Iterable[str]  # the parameters or digests that were checked
     undo: Callable[[], None]
 
 
 PATCHES: list[Patch] = []
-"""All of this process."""
+"""All patches in this process."""
 
 
 def wrap(module: Any, path: str, wrapper: Callable[..., Any], parameter: str, *parameters: str) -> None:
-    """Let ``wrapper``, one of wrapt's, call ``module.path``, which must take the parameters that it relies on.
+    """Wrap ``module.path`` with ``wrapper``, a function as wrapt calls it: (wrapped, instance, args, kwargs).
 
-    "self" is one: a wrapper may rely on nothing but the instance.
+    Args:
+        parameter, parameters: those of ``module.path`` that the wrapper uses; "self" if it uses only the instance.
     """
     check.parameters(module, path, parameter, *parameters)
     put(module, path, wrapt.FunctionWrapper(wrapt.resolve_path(module, path)[2], wrapper), (parameter, *parameters))
 
 
 def replace(module: Any, path: str, function: Any, digests: Digests) -> None:
-    """Put ``function`` in the place of ``module.path``, whose source must be one of ``digests``."""
+    """Replace ``module.path`` with ``function``. The digest of the replaced source must be in ``digests``."""
     check.source(module, path, digests)
     put(module, path, function, digests)
 
 
 def put(module: Any, path: str, value: Any, known_by: Iterable[str]) -> None:
-    """What ``wrap`` and ``replace`` do after their check; alone for what has neither parameters nor source to check."""
+    """Set ``module.path`` to ``value`` without a check. For compiled code, check the function that calls it first."""
     owner, name, _ = wrapt.resolve_path(module, path)
     inherited = name not in vars(owner)
     undo = (
@@ -55,7 +56,7 @@ def put(module: Any, path: str, value: Any, known_by: Iterable[str]) -> None:
 
 
 def optional(loss: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """A hook without which no KV is stale or wrong: if upstream has changed, log ``loss`` and leave it as it is."""
+    """Mark a hook that correctness does not need: if upstream has changed, log ``loss`` and undo the hook's patches."""
 
     def decorate(hook: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(hook)

@@ -67,12 +67,12 @@ def test_reset_while_others_store(tier, hurried):
     storing.start()
     try:
         for _ in range(20):
-            reset._give_back({"LocalCPUBackend": tier})
+            reset._free_local_tiers({"LocalCPUBackend": tier})
     finally:
         ended.set()
         storing.join()
     for thread in threading.enumerate():
-        if thread.name == "kvshare-give-back":
+        if thread.name == "kvshare-free-local-tiers":
             thread.join()
     assert not any(tier.contains(key(number)) for number in range(ENTRIES))
 

@@ -45,13 +45,13 @@ def connector():
     module = ModuleType(ADAPTER)
     module.LMCacheConnectorV1Impl = LMCacheConnectorV1Impl
     module.extract_request_configs = lambda sampling_params: {}
-    mended = object.__new__(LMCacheConnectorV1Impl)
-    mended.load_specs, mended._requests_priority, mended.asked = {}, {}, []
+    patched = object.__new__(LMCacheConnectorV1Impl)
+    patched.load_specs, patched._requests_priority, patched.asked = {}, {}, []
     for name, hook in vllm_plugin._HOOKS:
         if name == ADAPTER:
             path, function = hook.split(":")
             getattr(__import__(f"kvshare.hooks.{path}", fromlist=[function]), function)(module)
-    return mended
+    return patched
 
 
 def request(name, tokens=PROMPT, stamp="run-1", **kwargs):
@@ -151,9 +151,9 @@ def test_a_lookup_that_has_timed_out_is_over(monkeypatch):
     client.reqs_status, client.first_lookup_time, client.aborted_lookups = {}, {}, set()
     client.lock, client.lookup_backoff_time = threading.Lock(), 0.0
     client.config = SimpleNamespace(lookup_timeout_ms=0)
-    mended = partial(async_loading._lookup_cache, client.lookup_cache, client)
+    patched = partial(async_loading._lookup_cache, client.lookup_cache, client)
     answers = []
     for _ in range(4):
-        answers.append(mended(("r",), {}))
+        answers.append(patched(("r",), {}))
         time.sleep(0.01)
     assert answers == [-1, 0, 0, 0]

@@ -136,7 +136,7 @@ def test_worker_gives_back_its_local_tier(monkeypatch, passive):
     impl._parent = SimpleNamespace(_get_connector_metadata=lambda: metadata)
     impl.start_load_kv(SimpleNamespace(attn_metadata=None))
     for thread in threading.enumerate():
-        if thread.name == "kvshare-give-back":
+        if thread.name == "kvshare-free-local-tiers":
             thread.join()
     assert removed == ([] if passive else ["a", "b"])
 

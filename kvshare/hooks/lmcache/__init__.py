@@ -1,1 +1,1 @@
-"""Hooks into LMCache: keys, resets, events, transfers. One module for each thing that is patched."""
+"""Hooks into LMCache: keys, resets, events, transfers. One module for each change."""

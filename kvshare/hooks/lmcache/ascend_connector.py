@@ -1,7 +1,7 @@
-"""Lets LMCache-Ascend's connector into vLLM 0.23 and later.
+"""Give LMCache-Ascend's connector the constructor that vLLM 0.23 and later require.
 
-vLLM hands a connector its KV cache layout as a third argument, and since 0.23 refuses a class that does
-not take it. LMCache-Ascend 0.4.4's takes two; LMCache's, which it derives from, takes all three.
+vLLM passes the KV cache layout to a connector as the third argument. Since 0.23 it refuses a connector class without
+that parameter. LMCache-Ascend 0.4.4's class takes two arguments; its base class in LMCache takes all three.
 """
 
 from __future__ import annotations

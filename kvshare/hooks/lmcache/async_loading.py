@@ -1,9 +1,10 @@
-"""Memory that a request loaded is given back once, not twice; and a lookup without an answer ends once, too.
+"""Patch two errors of LMCache's ``enable_async_loading``, which P2P needs (LMCache 0.5.6).
 
-With ``enable_async_loading``, which P2P needs, LMCache 0.5.6 lets go of what a request loaded when it has been copied
-to vLLM, and again when the request ends: the page is then on the free list twice, two chunks get it, and who asks for
-the first is served the second's KV. And vLLM's engine dies of a KeyError when it asks again for a request whose lookup
-has timed out, as it does if there was no room for it.
+LMCache frees the memory of a loaded chunk twice: after the copy to vLLM, and again when the request ends. The page is
+then on the free list twice. Two chunks get the same page, and a load of the first returns the KV of the second.
+
+A lookup that has timed out fails with a KeyError when vLLM repeats it, and vLLM's engine dies. vLLM repeats a lookup
+when it had no room for the request.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from kvshare.hooks.patch import optional, wrap
 
 
 def patch_cache_engine(module: Any) -> None:
-    wrap(module, "LMCacheEngine._async_process_tokens_internal", _take, "tokens", "mask", "ret_mask")
+    wrap(module, "LMCacheEngine._async_process_tokens_internal", _free_once, "tokens", "mask", "ret_mask")
 
 
-@optional("A lookup of LMCache that times out may end the engine")
+@optional("An LMCache lookup that times out may end the engine")
 def patch_lookup_client(module: Any) -> None:
     wrap(module, "LMCacheAsyncLookupClient.lookup_cache", _lookup_cache, "lookup_id")
 
@@ -30,18 +31,18 @@ def _lookup_cache(wrapped: Any, client: Any, args: tuple, kwargs: dict) -> int |
     return lookup_cache(*args, **kwargs)
 
 
-def _take(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
-    """From here on retrieve() gives it all back; the end of the request must find nothing to."""
+def _free_once(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
+    """Remove a finished load from LMCache's events: retrieve() frees its memory, so the end of the request must not."""
     from lmcache.v1.event_manager import EventStatus, EventType
 
-    taken, size = wrapped(*args, **kwargs)
+    chunks, size = wrapped(*args, **kwargs)
     loading = EventType.LOADING, kwargs["req_id"]
     if engine.event_manager.get_event_status(*loading) == EventStatus.DONE:
         loaded = engine.event_manager.pop_event(*loading)
         if loaded.exception() is None:
-            used = {id(memory) for _, memory, _, _ in taken}
-            # What vLLM had itself was let go of in there, but for the pin of its lookup.
+            used = {id(memory) for _, memory, _, _ in chunks}
+            # The wrapped function has freed the chunks that vLLM had itself, except for the pin of their lookup.
             for memory in (memory for part in loaded.result() for _, memory in part):
                 if id(memory) not in used and memory.is_pinned:
                     memory.unpin()
-    return taken, size
+    return chunks, size

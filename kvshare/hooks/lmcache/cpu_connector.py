@@ -1,7 +1,7 @@
-"""LMCache's in-process connector on CPU: the copy between vLLM's KV blocks and LMCache's memory.
+"""Copy KV between vLLM's CPU KV cache and LMCache's memory, for LMCache's in-process connector.
 
-LMCache 0.5.6 has none ("No supported cpu connector found"): it goes on in degraded mode, that is,
-it shares nothing and says so in one log line.
+LMCache 0.5.6 has no such copy for CPU ("No supported cpu connector found"). It then continues in degraded mode: it
+shares nothing and logs one line.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def _create(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
         return wrapped(*args, **kwargs)
     for option in ("use_layerwise", "enable_blending", "save_unfull_chunk"):
         if getattr(config, option):
-            raise ValueError(f"{option}: true does not work on CPU, set it to false in the LMCache config")
+            raise ValueError(f"{option}: true does not work on CPU: set it to false in the LMCache config")
     return cpu_connector(metadata)
 
 
 def cpu_connector(metadata: Any) -> Any:
-    """Whole-block copies between vLLM's CPU KV cache and LMCache's memory objects.
+    """Connector that copies whole blocks between vLLM's CPU KV cache and LMCache's memory objects.
 
-    vLLM's CPU attention keeps one tensor a layer, ``(blocks, kv_heads, block_size, 2 * head_size)``,
-    whose blocks are packed for the instruction set in use. A block is opaque here, so a chunk must
-    be whole blocks, and instances that share must run the same instruction set and dtype.
+    vLLM's CPU attention keeps one tensor per layer, ``(blocks, kv_heads, block_size, 2 * head_size)``. It packs each
+    block for the CPU's instruction set. The connector copies blocks as they are. So a chunk must consist of whole
+    blocks, and replicas that share KV must use the same instruction set and dtype.
 
     Args:
         metadata: LMCacheMetadata; ``kv_shape`` is (layers, 2, chunk_size, kv_heads, head_size).
@@ -81,7 +81,7 @@ def cpu_connector(metadata: Any) -> Any:
             self.initialize_kvcaches_ptr(**kwargs)
             blocks = self._blocks(start, end, kwargs["slot_mapping"])
             source = memory_obj.tensor.view(-1).view(self.layers, len(blocks), -1)
-            # Blocks that vLLM has already may be read by other requests: leave them alone.
+            # Other requests may be reading the blocks of vLLM's own hit, so those are not written.
             skip = max(0, kwargs.get("vllm_cached_tokens", 0) - start) // self.block
             for layer, cache in enumerate(self.caches):
                 cache.index_copy_(0, blocks[skip:], source[layer, skip:])

@@ -1,13 +1,13 @@
-"""Reports what an LMCache engine really stored and loaded, chunk by chunk (worker process).
+"""Report the chunks that an LMCache engine has stored and loaded, from the worker process.
 
-vLLM's and LMCache's own counters count lookups, not arrivals (a failed load counts as a hit), and
-cannot tell another replica's KV from one's own. These events can, because they name the keys:
+The counters of vLLM and LMCache count lookups, so a failed load counts as a hit. They cannot tell another replica's KV
+from the replica's own. These events name the keys, so the report can:
 
-* ``ready``: the LMCache engine of this worker is up (in degraded mode it never comes);
-* ``store``: the keys a request's KV goes under;
-* ``stored``: all of them have arrived, and with P2P the controller knows, ``seconds`` after store() returned: from
-  here on others find the request's first ``end`` tokens; 0 if that is known to have failed;
-* ``load``: the keys that were loaded into vLLM, the tokens that arrived, those expected, the ``seconds`` it took.
+* ``ready``: the LMCache engine of this worker has started. In degraded mode, this event never comes.
+* ``store``: the keys of a store() call.
+* ``stored``: all these keys have arrived, and with P2P the controller lists them. Other replicas can find the request's
+  first ``end`` tokens now. ``end`` is 0 if the store has failed. ``seconds`` is the time since store() returned.
+* ``load``: the keys loaded into vLLM, the tokens of each, the tokens ``expected``, and the ``seconds`` of the load.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from functools import partial
 from typing import Any
 
 from kvshare.core import policy
-from kvshare.hooks.lmcache.p2p_controller import when_known
+from kvshare.hooks.lmcache.p2p_controller import when_findable
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record import worker_events
 
 logger = logging.getLogger(__name__)
 
-UNSEEN = "What LMCache stores and loads is not seen, and the report says that it is degraded"
+UNSEEN = "LMCache's stores and loads are not recorded, and the report calls the replicas degraded"
 
 
 @optional(UNSEEN)
@@ -38,7 +38,7 @@ def patch_cache_engine(module: Any) -> None:
 
 @optional(UNSEEN)
 def patch_ascend_engine(module: Any) -> None:
-    """LMCache-Ascend's engine replaces LMCache's store() and retrieve(), its store() also on a thread of its own."""
+    """LMCache-Ascend's engine overrides store() and retrieve(). Its store() may run on a separate thread."""
     path = "AscendLMCacheEngine._run_store_pipeline"
     wrap(module, path, _store_pipeline, *_PIPELINE)
     wrap(module, "AscendLMCacheEngine.retrieve", _retrieve, "tokens", "mask")
@@ -54,21 +54,21 @@ def patch_remote_backend(module: Any) -> None:
 
 
 class _Loaded:
-    """Loads are of one thread, the worker's."""
+    """The tokens loaded so far. No lock: only the worker's main thread loads."""
 
     tokens = 0
 
 
 def take_loaded() -> int:
-    """Tokens loaded in this worker since the last call."""
+    """Return the number of tokens loaded in this worker since the last call."""
     loaded, _Loaded.tokens = _Loaded.tokens, 0
     return loaded
 
 
 class Puts:
-    """The remote puts that one ``store()`` call has started and not seen the end of."""
+    """The remote puts of one ``store()`` call that have not finished yet."""
 
-    current = threading.local()  # .value: the Puts of the store() call this thread is in
+    current = threading.local()  # .value: the Puts of the store() call that this thread runs
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -127,10 +127,10 @@ def _report_store(engine: Any, store: Callable[[], Any], args: tuple, kwargs: di
         def stored() -> None:
             _send(engine, "stored", **request, end=end, seconds=time.monotonic() - began)
 
-        known = partial(when_known, engine, chunks[-1][2], stored) if chunks else stored
-        puts.when_finished(known)
+        report = partial(when_findable, engine, chunks[-1][2], stored) if chunks else stored
+        puts.when_finished(report)
     except Exception:
-        logger.exception("kvshare could not report a store; the store itself is done")
+        logger.exception("kvshare could not report a store; the store itself is unaffected")
     return result
 
 
@@ -138,12 +138,12 @@ def _submit_put(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> Any:
     puts = getattr(Puts.current, "value", None)
     if puts is None or kwargs.get("on_complete_callback"):
         return wrapped(*args, **kwargs)
-    # Keys that another request is putting already are skipped by LMCache, without a call back.
+    # LMCache skips the keys of another request's pending puts, without a callback.
     keys = [key for key in (args[0] if args else kwargs["keys"]) if not backend.exists_in_put_tasks(key)]
 
     puts.started(set(keys))
     result = wrapped(*args, **kwargs, on_complete_callback=puts.finished)
-    # Without a connection LMCache drops the puts and calls nobody back.
+    # Without a connection, LMCache drops the puts without a callback.
     for key in keys:
         if not backend.exists_in_put_tasks(key):
             puts.finished(key)
@@ -160,7 +160,7 @@ def _retrieve(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
             if _reports(engine):
                 _send(engine, "load", **_request(kwargs), **_loaded(engine, mask, args, kwargs), seconds=seconds)
         except Exception:
-            logger.exception("kvshare could not report a load; the load itself is done")
+            logger.exception("kvshare could not report a load; the load itself is unaffected")
     return mask
 
 
@@ -175,7 +175,7 @@ def _loaded(engine: Any, mask: Any, args: tuple, kwargs: dict) -> dict[str, Any]
 
 
 def _chunks(engine: Any, args: tuple, kwargs: dict) -> Iterable[tuple[int, int, Any]]:
-    """(start, end, key) of the chunks that a store() or retrieve() call is about."""
+    """(start, end, key) of each chunk of a store() or retrieve() call; start and end in tokens."""
     call = {**dict(zip(("tokens", "mask"), args, strict=False)), **kwargs}
     return engine.token_database.process_tokens(
         tokens=call["tokens"], mask=call.get("mask"), request_configs=call.get("request_configs")
@@ -188,7 +188,7 @@ def _request(kwargs: dict) -> dict[str, Any]:
 
 
 def _reports(engine: Any) -> bool:
-    """One rank speaks for its replica: every rank holds a slice of the same tokens."""
+    """Only rank 0 reports: every rank of a replica holds a slice of the same tokens."""
     return worker_events.sender() is not None and engine.metadata.worker_id == 0
 
 

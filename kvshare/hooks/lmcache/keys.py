@@ -1,10 +1,10 @@
-"""Puts the policy into LMCache's keys.
+"""Put the policy into LMCache's keys.
 
-LMCache's keys hold no trace of the weights, so its in-process connector serves KV of the old policy
-after every weight update (LMCache 0.5.6; measured in docs/freshness.md).
+LMCache's keys do not depend on the weights. So after a weight update its in-process connector serves KV of the old
+policy (LMCache 0.5.6; measured in docs/freshness.md).
 
-Scheduler process: each request gets a policy (the one it was stamped with, or this engine's own).
-Worker process: the policy is folded into the chunk hash wherever LMCache makes a key.
+Scheduler process: each request gets a policy, either its stamp or the engine's own policy.
+Worker process: every key that LMCache makes gets the policy folded into its chunk hash.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from kvshare.hooks.patch import wrap
 
 
 class EnginePolicy:
-    """What the scheduler process of one engine knows about its own weights."""
+    """The policies of one engine's weights, kept in its scheduler process."""
 
     def __init__(self) -> None:
         self.own = policy.private_policy()
-        # Requests that carry no policy share with every engine that loaded the same files, until the
-        # first reset. After it nobody can tell whose weights these are: they share with this engine only.
+        # The policy of unstamped requests. Until the first reset it identifies the model files, so engines with the
+        # same files share KV. After a reset the weights are unknown, so only this engine's requests share.
         self.unstamped = self.own
         self.reset_at = 0.0
 
     def loaded(self, model_config: Any) -> None:
-        """The engine has loaded its first weights."""
+        """Derive the unstamped policy from the model files. Call it once the engine has loaded its first weights."""
         started = psutil.Process().create_time()
         self.unstamped = model_files.fingerprint(model_config.model, model_config.revision, started) or self.own
 
     def policy_of(self, request: Any) -> str:
-        """The policy of a request that is to be scheduled: what it was stamped with, or this engine's."""
-        stamp, stamped_at = _stamped(request)
+        """The policy for a request that waits to be scheduled: its stamp, or this engine's policy."""
+        stamp, stamped_at = _stamp_of(request)
         if stamped_at < self.reset_at:
-            return policy.private_policy()  # Whatever its stamp says, it was for weights that are gone.
+            return policy.private_policy()  # stamped for weights that the reset has replaced
         if request.prompt_embeds is not None:
-            return policy.private_policy()  # LMCache keys on token ids, and embeddings have none.
+            return policy.private_policy()  # LMCache's keys cover token ids only
         if not stamp and request.lora_request is not None:
-            return _with_adapter(self.own, request.lora_request)
+            return _adapter_policy(self.own, request.lora_request)
         return stamp or self.unstamped
 
     def reset(self) -> None:
@@ -55,14 +55,14 @@ engine = EnginePolicy()
 
 
 def patch_token_database(module: Any) -> None:
-    """Keys: fold the policy into the chunk hash, and keep the model name short and free of ``@``."""
+    """Fold the policy into the chunk hash of each key. Shorten the model name and remove ``@`` from it."""
     wrap(module, "TokenDatabase._make_key_by_hash", _make_key, "chunk_hash", "request_configs")
 
 
 def _make_key(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     def make(chunk_hash: int, request_configs: dict | None = None) -> Any:
         configs = dict(request_configs or {})
-        # And the rank: lmcache_controller looks for a hash only, and would name rank 0 to all (LMCache 0.5.6).
+        # Fold in the rank too: lmcache_controller matches only the hash, so all ranks would get rank 0 (LMCache 0.5.6).
         rank = f"@{instance.metadata.worker_id}" if instance.metadata.worker_id else ""
         folded = policy.fold(chunk_hash, configs.pop(policy.TAG, "") + rank)
         key = wrapped(folded, configs or None)
@@ -73,7 +73,7 @@ def _make_key(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def patch_adapter(module: Any) -> None:
-    """Requests: give each one a policy, and keep those in flight across a reset to themselves."""
+    """Give each request a policy. Give a request a private policy if the engine was reset after its stamp."""
     check.version("vllm")
     wrap(module, "extract_request_configs", _with_policy, "sampling_params")
     wrap(module, "LMCacheConnectorV1Impl.__init__", _init, "vllm_config", "role", "parent")
@@ -93,7 +93,7 @@ def _init(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> None:
 
 
 def _stamp(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-    """Called again for as long as the request waits: stamp it once, and once more after each reset."""
+    """Stamp the request once, and again after each reset. vLLM repeats this call while the request waits."""
     request = args[0] if args else kwargs["request"]
     seen = getattr(request, "kvshare_reset", None)
     if request.sampling_params is not None and seen != engine.reset_at:
@@ -104,16 +104,16 @@ def _stamp(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     return wrapped(*args, **kwargs)
 
 
-def _stamped(request: Any) -> tuple[str, float]:
-    """The policy a request carries, and since when; the time of its arrival if nobody stamped it."""
-    extra = getattr(request.sampling_params, "extra_args", None) or {}  # pooling requests have no sampling parameters
+def _stamp_of(request: Any) -> tuple[str, float]:
+    """A request's policy and the Unix time of its stamp. Without a stamp: an empty policy and the arrival time."""
+    extra = getattr(request.sampling_params, "extra_args", None) or {}  # a pooling request has no sampling_params
     params = extra.get("kv_transfer_params") or {}
     at = params.get(policy.STAMPED_AT)
     return str(params.get(policy.TAG, "")), at if isinstance(at, float) else request.arrival_time
 
 
-def _with_adapter(own: str, adapter: Any) -> str:
-    """Only the engine knows what it loaded under an adapter's name: a new id, or, in place, the same."""
+def _adapter_policy(own: str, adapter: Any) -> str:
+    """Policy of an unstamped LoRA request. An adapter loaded in place keeps its id, so its policy must be private."""
     return policy.private_policy() if adapter.load_inplace else f"{own}+{adapter.lora_name}.{adapter.lora_int_id}"
 
 

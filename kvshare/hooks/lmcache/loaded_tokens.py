@@ -1,7 +1,7 @@
-"""``kvshare:loaded_tokens_total`` among vLLM's metrics: prompt tokens that LMCacheConnectorV1 really loaded.
+"""Add ``kvshare:loaded_tokens_total`` to vLLM's metrics: the prompt tokens that LMCacheConnectorV1 has loaded.
 
-vLLM's own ``external_prefix_cache_hits`` counts what a lookup promised, also where the load then failed and the tokens
-were computed. The count goes vLLM's way for connectors' statistics: from the worker to the scheduler to the API server.
+vLLM's own ``external_prefix_cache_hits`` counts the tokens that a lookup found, even if the load then failed and vLLM
+computed them. The new count uses vLLM's path for connector statistics: worker, scheduler, API server.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Loads(KVConnectorStats):
 class LoadMetrics(KVConnectorPromMetrics):
     def __init__(self, config: Any, metric_types: Any, labelnames: list[str], labelvalues: dict[int, list]) -> None:
         super().__init__(config, metric_types, labelnames, labelvalues)
-        what = "Prompt tokens that LMCache loaded: not promised, arrived."
+        what = "Prompt tokens that LMCache has loaded. Failed loads do not count."
         counter = self._counter_cls(name="kvshare:loaded_tokens", documentation=what, labelnames=labelnames)
         self._loaded: Any = {engine: counter.labels(*values) for engine, values in labelvalues.items()}
 
@@ -41,18 +41,18 @@ class LoadMetrics(KVConnectorPromMetrics):
         self._loaded[engine_idx].inc(transfer_stats_data["loaded"])
 
 
-@optional("kvshare:loaded_tokens_total is not among vLLM's metrics")
+@optional("vLLM's metrics lack kvshare:loaded_tokens_total")
 def patch_connector(module: Any) -> None:
-    """vLLM's ``LMCacheConnectorV1`` has no statistics of its own: these are inherited, and return None."""
+    """vLLM's ``LMCacheConnectorV1`` inherits these methods from its base class, where they return None."""
     known = "0.23.0, 0.24.0, 0.31.0"
     for name, function, digest in (
-        ("get_kv_connector_stats", _take, "d23c80328555"),
+        ("get_kv_connector_stats", _get_stats, "d23c80328555"),
         ("build_kv_connector_stats", classmethod(lambda cls, data=None: Loads(data or {})), "2eb4ec762ed4"),
         ("build_prom_metrics", classmethod(lambda cls, *args: LoadMetrics(*args)), "e2cba1b2de67"),
     ):
         replace(module, f"LMCacheConnectorV1.{name}", function, {digest: known})
 
 
-def _take(connector: Any) -> Loads | None:
+def _get_stats(connector: Any) -> Loads | None:
     loaded = events.take_loaded()
     return Loads({"loaded": loaded}) if loaded else None

@@ -1,25 +1,27 @@
-"""What tells the weights of two engines apart before either was updated: their files."""
+"""Fingerprint a model's files, so that engines with the same initial weights get the same policy."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-SAMPLES, SAMPLE = 64, 4096  # of a file: how many, of how many bytes
+SAMPLES, SAMPLE = 64, 4096  # per file: the number of samples, and the bytes in each
 
 
 def fingerprint(model: str, revision: str | None, before: float) -> str | None:
-    """Identity of a model's files, the same on every host that holds the same ones.
+    """Identity of a model's files. It is the same on every host with the same files.
 
-    Names, sizes, modification times and samples of the content (container images give all files one
-    time); for a file of the Hugging Face cache the name of its blob, which is a digest of its
-    content. A checkpoint written over another is thus a different one.
+    For a file in the Hugging Face cache, it covers the name of the blob, which is a digest of the content. For any
+    other file, it covers name, size, modification time and samples of the content. The samples are there because
+    container images give all files the same time. So an overwritten checkpoint gets a new fingerprint.
 
     Args:
-        model: folder, or name on the hub (then its files must be in the local cache).
-        revision: on the hub.
-        before: Unix time; None is returned if a file changed after it, as nobody can tell then
-            whether the old or the new one was loaded.
+        model: folder, or name on the hub; then the files must be in the local cache.
+        revision: revision on the hub.
+        before: Unix time of the engine's start.
+
+    Returns:
+        None if the files cannot be read, or if one changed after ``before``: the engine may have read either version.
     """
     try:
         files = [_identity(path, before) for path in sorted(_folder(model, revision).iterdir()) if path.is_file()]
@@ -42,12 +44,12 @@ def _identity(path: Path, before: float) -> tuple[str | int, ...]:
         return path.name, target.name
     stat = target.stat()
     if stat.st_mtime > before:
-        raise ValueError(f"{path} changed after the weights were read")
+        raise ValueError(f"{path} changed after the engine started")
     return path.name, stat.st_size, stat.st_mtime_ns, _sample(target, stat.st_size)
 
 
 def _sample(path: Path, size: int) -> str:
-    """A digest of a file's content at ``SAMPLES`` places, evenly spread."""
+    """Digest of ``SAMPLES`` evenly spaced pieces of a file, ``SAMPLE`` bytes each."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for i in range(SAMPLES):

@@ -1,13 +1,13 @@
-"""Makes LMCache's multi-process connector (``LMCacheMPConnector``) never stale, and lets it read LMCache's config file.
+"""Put the policy into the keys of LMCache's multi-process connector, and let it read LMCache's config file.
 
-Its keys carry vLLM's ``cache_salt``, its server is shared by all who use it. So:
+The keys of ``LMCacheMPConnector`` contain vLLM's ``cache_salt``. Several jobs may share its server.
 
-* Scheduler process: the salt of each request is its policy (``keys``). ``reset_cache()`` starts a
-  new policy for this engine and asks nothing of the server, whose L1 LMCache 0.5.6 would clear for every
-  job on it, waiting for up to ``lmcache.mp.mq_timeout``, and not for what is locked. Old KV cannot be
-  found; the server evicts it first, as nobody asks for it.
-* Both processes: address and timeouts come from the file that the in-process connectors read, unless
-  ``kv_connector_extra_config`` has them.
+* Scheduler process: the salt of each request is derived from its policy (``keys``). ``reset_cache()`` starts a new
+  policy for this engine and sends nothing to the server. LMCache 0.5.6 would clear the server's L1 for every job, wait
+  up to ``lmcache.mp.mq_timeout`` and leave locked KV in place. No request finds KV of the old policy, so the server
+  evicts that KV first.
+* Scheduler and worker process: address and timeouts come from LMCache's config file, as for the in-process connectors.
+  Values in ``kv_connector_extra_config`` override them.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ def patch_connector(module: Any) -> None:
     replace(module, "LMCacheMPConnector.reset_cache", _reset_cache, {"3badf0b5db38": "0.5.6"})
 
 
-def check_vllms(module: Any) -> None:
-    """vLLM's module of that name hands on LMCache's class; an older one may have a copy of its own."""
+def check_vllm_connector(module: Any) -> None:
+    """Raise UpstreamChanged if vLLM uses its own copy of ``LMCacheMPConnector``, as older versions do."""
     if not module.LMCacheMPConnector.__module__.startswith("lmcache."):
         raise UpstreamChanged(
-            f"vllm {versions.installed('vllm')} has an LMCacheMPConnector of its own, which kvshare does not know: add "
+            f"vllm {versions.installed('vllm')} has its own LMCacheMPConnector, which kvshare does not know: add "
             '"kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector" to kv_transfer_config'
         )
 
 
 def patch_adapter(module: Any) -> None:
-    """Model names with ``@`` are refused by the server, which then does not answer."""
+    """Remove ``@`` from the model name: the server does not answer requests with an ``@`` there."""
     for adapter in ("LMCacheMPSchedulerAdapter", "LMCacheMPWorkerAdapter"):
         wrap(module, f"{adapter}.__init__", _name_model, "model_name")
 
 
 def patch_metadata(module: Any) -> None:
-    wrap(module, "LMCacheMPRequestTracker.__init__", _track, "request")
+    wrap(module, "LMCacheMPRequestTracker.__init__", _init_tracker, "request")
 
 
 def from_file() -> dict[str, Any]:
-    """``kv_connector_extra_config`` that LMCache's config file and ``LMCACHE_*`` ask for."""
+    """The ``kv_connector_extra_config`` for the settings in LMCache's config file and ``LMCACHE_*``."""
     config = lmcache_settings.effective(os.environ.get("LMCACHE_CONFIG_FILE"))
     seconds = float(config.blocking_timeout_secs)
     extra = {f"{EXTRA}mq_timeout": seconds, f"{EXTRA}heartbeat_interval": seconds}
@@ -72,7 +72,7 @@ def _name_model(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     wrapped(*args, **{**kwargs, "model_name": policy.key_model_name(kwargs["model_name"])})
 
 
-def _track(wrapped: Any, tracker: Any, args: tuple, kwargs: dict) -> None:
+def _init_tracker(wrapped: Any, tracker: Any, args: tuple, kwargs: dict) -> None:
     wrapped(*args, **kwargs)
     request = args[0] if args else kwargs["request"]
     _stamp(tracker, engine.policy_of(request))
@@ -84,16 +84,16 @@ def _stamp(tracker: Any, name: str) -> None:
 
 
 def _reset_cache(connector: Any) -> bool:
-    """Start a new policy for this engine; requests under way go on, and what they store from here is theirs alone."""
+    """Start a new policy for this engine. Running requests continue, and store under private policies from now on."""
     engine.reset()
     for tracker in getattr(connector, "request_trackers", {}).values():
-        _give_up_lookup(connector.scheduler_adapter, tracker)
+        _cancel_lookup(connector.scheduler_adapter, tracker)
         _stamp(tracker, policy.private_policy())
     return True
 
 
-def _give_up_lookup(adapter: Any, tracker: Any) -> None:
-    """A request that waits must not load what was promised it: that was the old weights'."""
+def _cancel_lookup(adapter: Any, tracker: Any) -> None:
+    """Cancel the lookup of a waiting request, so that it does not load KV of the old weights."""
     states = type(tracker.state)
     if tracker.state is not states.PREFETCHING:
         return

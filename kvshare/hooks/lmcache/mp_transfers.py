@@ -1,12 +1,11 @@
-"""What a worker stores to and loads from LMCache's multi-process server: reported once it has arrived, and not waited
-for when the server is gone.
+"""Report a worker's stores to and loads from LMCache's multi-process server, and detect at once that it is gone.
 
-The events are those of ``events``, with keys made of the tokens and the ``cache_salt`` that were sent.
+The events are those of ``events``. Their keys are made of the tokens and the ``cache_salt`` of the transfer.
 
-LMCache 0.5.6 notices a dead server with the next heartbeat only, one that was restarted between two heartbeats
-never, and on CPU waits for a hung one with each transfer. Here a connection that closes, or a transfer that was
-waited for in vain, makes the server unhealthy at once: LMCache goes on without it, and registers again with the
-first heartbeat that is answered.
+LMCache 0.5.6 notices a dead server only with the next heartbeat. It never notices a restart between two heartbeats. On
+CPU it waits for a hung server with each transfer. With these wraps, a closed connection or a transfer that timed out
+marks the server as unhealthy at once. LMCache then continues without the server, and registers again after the first
+answered heartbeat.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ WORKER, SCHEDULER = "LMCacheMPWorkerAdapter", "LMCacheMPSchedulerAdapter"
 SUBMIT = ("request_id", "op", "event", "cache_salt", "request_configs")
 
 
-@optional("What goes to LMCache's server is not seen, and a server that is gone is waited for")
+@optional("Transfers to LMCache's server are not recorded, and requests wait for a server that is gone")
 def patch_adapter(module: Any) -> None:
     wrap(module, "get_lmcache_chunk_size", _chunk_size, "req_client", "timeout")
     wrap(module, f"{WORKER}.__init__", _watch_worker, "server_url")
@@ -41,13 +40,13 @@ def patch_adapter(module: Any) -> None:
     wrap(module, f"{WORKER}.get_finished_with_lazy_offload", _poll, "self")
 
 
-@optional("That LMCache's server is gone is noticed with the next heartbeat only")
+@optional("LMCache notices only with the next heartbeat that its server is gone")
 def patch_queue(module: Any) -> None:
-    """LMCache calls this when a connection closes, for the sake of its event streams."""
+    """Wrap a method that LMCache calls when a connection closes, to cancel its event streams."""
     wrap(module, "MessageQueueClient.cancel_streams", _disconnected, "self")
 
 
-# -- a server that is gone --------------------------------------------------------------------
+# -- detecting a dead server ------------------------------------------------------------------
 
 
 def _watch_worker(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
@@ -70,13 +69,13 @@ def _watch(client: Any, health: Any) -> None:
 def _disconnected(wrapped: Any, queue: Any, args: tuple, kwargs: dict) -> None:
     health = getattr(queue, "kvshare_health", None)
     if health is not None and health.is_set():
-        logger.error("the connection to LMCache's server is closed: KV is recomputed until it is back")
+        logger.error("the connection to LMCache's server has closed: KV is recomputed until the server is back")
         health.clear()
     wrapped(*args, **kwargs)
 
 
 def _chunk_size(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> int:
-    """An engine starts without its server, too; LMCache's does not."""
+    """Use the config's chunk size if the server does not answer, so that the engine starts without it."""
     try:
         return wrapped(*args, **kwargs)
     except TimeoutError:
@@ -88,7 +87,7 @@ def _first_register(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> No
     try:
         wrapped(*args, **kwargs)
     except (ConnectionError, TimeoutError) as error:  # LMCache registers again when a heartbeat is answered
-        logger.error("LMCache's server: %s: KV is recomputed until that has changed", error)
+        logger.error("LMCache's server: %s: KV is recomputed until this is fixed", error)
         adapter._health_event.clear()
         adapter._ensure_heartbeat_started()
 
@@ -96,26 +95,26 @@ def _first_register(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> No
 def _register(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     wrapped(*args, **kwargs)
     size = adapter.req_client.get_chunk_size().result(timeout=adapter._mq_timeout)
-    if size != adapter.lmcache_tokens_per_chunk:  # another server than the one that was there, or than the config says
-        raise ConnectionError(f"its chunks are {size} tokens, ours {adapter.lmcache_tokens_per_chunk}")
+    if size != adapter.lmcache_tokens_per_chunk:  # wrong config, or a restart with another size
+        raise ConnectionError(f"its chunks have {size} tokens, this engine's {adapter.lmcache_tokens_per_chunk}")
     _send(adapter, "ready")
 
 
-# -- what arrives -----------------------------------------------------------------------------
+# -- reporting transfers ----------------------------------------------------------------------
 
 
 class Transfer:
-    """A store or load; ``done(arrived)`` is called once, when it has ended.
+    """A store or load. It calls ``done(arrived)`` once, when it has ended.
 
     Args:
-        future: LMCache's; None if it did not even try.
+        future: LMCache's future; None if LMCache did not submit the transfer.
     """
 
     def __init__(self, future: Any, done: Callable[[bool], None]) -> None:
         self._future, self._done = future, done
 
     def settle(self, healthy: bool) -> bool:
-        """Whether it has ended. When the server is gone LMCache gives it up, and so do we."""
+        """Call ``done`` and return True if the transfer has ended. With an unhealthy server it counts as failed."""
         ended = self._future is None or self._future.query()
         if not ended and healthy:
             return False
@@ -136,7 +135,7 @@ def _store(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
         _send(adapter, "stored", **request, end=end if arrived else 0, seconds=seconds)
 
     _send(adapter, "store", **request, keys=[key for _, _, key in _chunks(adapter, call)])
-    _settle_later(adapter, Transfer(future, done))
+    _settle_or_keep(adapter, Transfer(future, done))
 
 
 def _retrieve(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
@@ -159,11 +158,11 @@ def _retrieve(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
             seconds=time.monotonic() - began,
         )
 
-    _settle_later(adapter, Transfer(future, done))
+    _settle_or_keep(adapter, Transfer(future, done))
 
 
 def _submit(adapter: Any, name: str, submit: Callable[[], None], call: dict[str, Any]) -> Any:
-    """Submit a transfer; returns its future, None if LMCache did not even try."""
+    """Submit a transfer. Returns its future, or None if LMCache did not submit it. Marks a hung server as unhealthy."""
     futures, request_id = getattr(adapter, name), call["request_id"]
     before, began = futures.get(request_id), time.monotonic()
     submit()
@@ -171,8 +170,8 @@ def _submit(adapter: Any, name: str, submit: Callable[[], None], call: dict[str,
     if entry is before:
         return None
     future = entry[0] if isinstance(entry, tuple) else entry
-    waited = time.monotonic() - began >= adapter._mq_timeout
-    if waited and future.query() and not future.result(timeout=0):
+    timed_out = time.monotonic() - began >= adapter._mq_timeout
+    if timed_out and future.query() and not future.result(timeout=0):
         logger.error("LMCache's server does not answer: KV is recomputed until it does")
         adapter._health_event.clear()
     return future
@@ -180,19 +179,19 @@ def _submit(adapter: Any, name: str, submit: Callable[[], None], call: dict[str,
 
 def _poll(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> Any:
     result = wrapped(*args, **kwargs)
-    waiting, adapter.kvshare_transfers = adapter.kvshare_transfers, []
-    for transfer in waiting:
-        _settle_later(adapter, transfer)
+    pending, adapter.kvshare_transfers = adapter.kvshare_transfers, []
+    for transfer in pending:
+        _settle_or_keep(adapter, transfer)
     return result
 
 
-def _settle_later(adapter: Any, transfer: Transfer) -> None:
-    """Now if it has ended, else when vLLM asks what has: it does with each step while one is under way."""
+def _settle_or_keep(adapter: Any, transfer: Transfer) -> None:
+    """Settle the transfer, or keep it for the next get_finished(). vLLM calls that each step while one is pending."""
     try:
         if not transfer.settle(adapter.is_healthy):
             adapter.kvshare_transfers.append(transfer)
     except Exception:
-        logger.exception("kvshare could not report a transfer; the transfer itself is done")
+        logger.exception("kvshare could not report a transfer; the transfer itself is unaffected")
 
 
 def _call(args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def _call(args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 def _chunks(adapter: Any, call: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
-    """(start, end, key) of the chunks that a transfer is about."""
+    """(start, end, key) of each chunk of a transfer; start and end in tokens."""
     op, size = call["op"], adapter.lmcache_tokens_per_chunk
     digests = chunk_digests(op.token_ids[: op.end], size)
     for start in range(op.start, op.end, size):
@@ -213,7 +212,7 @@ def _request(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reports(adapter: Any) -> bool:
-    """One rank speaks for its replica: every rank holds a slice of the same tokens."""
+    """Only rank 0 reports: every rank of a replica holds a slice of the same tokens."""
     return worker_events.sender() is not None and adapter.parallel_strategy.vllm_worker_id == 0
 
 

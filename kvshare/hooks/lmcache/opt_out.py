@@ -1,9 +1,9 @@
 """Load nothing for requests that opt out of cached KV.
 
 vLLM does not read its own prefix cache for such requests (``Request.skip_reading_prefix_cache``): prompt
-log-probabilities and some pooling tasks need every prompt token computed. But vLLM asks the connector all the same,
-LMCache 0.5.6 answers with a hit, and the engine dies of the log-probabilities that are then missing. What such a
-request computes is stored as always. Scheduler process.
+log-probabilities and some pooling tasks need every prompt token computed. But vLLM still calls the connector, and
+LMCache 0.5.6 reports a hit. The engine then dies because log-probabilities are missing. The wraps run in the scheduler
+process. They do not change what LMCache stores of such a request.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _in_process(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> int 
 def _mp(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> tuple[int | None, bool]:
     if _opts_out(*args, **kwargs):
         tracker = connector._get_or_create_request_tracker(args[0] if args else kwargs["request"])
-        tracker.state = type(tracker.state).BYPASS_LMCACHE  # as after a failed load: computed, then stored
+        tracker.state = type(tracker.state).BYPASS_LMCACHE  # as after a failed load: vLLM computes, LMCache stores
     return wrapped(*args, **kwargs)
 
 

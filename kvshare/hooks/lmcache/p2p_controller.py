@@ -1,12 +1,13 @@
-"""How a worker of LMCache talks to lmcache_controller (P2P): nothing waits for long, and what is lost is told again.
+"""Replace how an LMCache worker talks to lmcache_controller (P2P), so that lookups do not stall and restarts recover.
 
-LMCache 0.5.6 awaits one zmq socket on two event loops, the worker's own and the one lookups run on: an answer may wake
-the wrong one, and the lookup stalls until ``lookup_timeout_ms``. It registers once, at start, and not at all if the
-controller is not up by then; after a controller's restart it stops sharing for seconds ("full sync") or, without a
-heartbeat port, for good.
+LMCache 0.5.6 awaits one zmq socket on two event loops: the worker's and the one of the lookups. An answer may wake the
+wrong loop, and the lookup then stalls until ``lookup_timeout_ms``. A worker registers once, at start, and not at all if
+the controller is not up yet. After a restart of the controller, the worker stops sharing for seconds ("full sync"), or
+for good if there is no heartbeat port.
 
-Here each loop has a socket, and a heartbeat through the reply port, every HEARTBEAT seconds, registers: the controller
-registers a worker it does not know, says so, and is told again what there is. While it does not answer it is not asked.
+Here each event loop has its own socket. A heartbeat goes to the reply port every HEARTBEAT seconds. The controller
+registers an unknown worker on its heartbeat and says so in the answer; the worker then reports all its keys. The worker
+sends no lookups while the controller does not answer heartbeats.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT = 2.0  # seconds
 
 
-@optional("P2P lookups may stall, and a controller that was restarted is not told what there is")
+@optional("P2P lookups may stall, and a restarted controller does not learn what its workers hold")
 def patch_worker(module: Any) -> None:
     known = "0.4.4, 0.5.3, 0.5.6"
     replace(module, "LMCacheWorker.register", _register, {"7d6bf2d87f2e": known})
@@ -34,19 +35,19 @@ def patch_worker(module: Any) -> None:
 
 
 class Link:
-    """One worker's questions to the controller: one at a time on each event loop."""
+    """One worker's requests to the controller: at most one at a time on each event loop."""
 
     def __init__(self, worker: Any) -> None:
-        self.up = False  # until the first heartbeat is answered
+        self.up = False  # False until a heartbeat is answered
         self._worker = worker
         self._locks: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
         self._sockets: dict[asyncio.AbstractEventLoop, Any] = {}
 
     async def ask(self, message: Any) -> Any:
-        """The controller's answer.
+        """Send a message and return the controller's answer.
 
         Raises:
-            zmq.ZMQError: there is none (zmq.Again: in time).
+            zmq.ZMQError: no answer; zmq.Again after ``lookup_timeout_ms``.
         """
         import msgspec
         from lmcache.v1.cache_controller.message import Msg
@@ -58,7 +59,7 @@ class Link:
                 await socket.send_multipart([b"", msgspec.msgpack.encode(message)])
                 answer = (await socket.recv_multipart())[-1]
             except BaseException:
-                socket.close(linger=0)  # an answer that comes late must not be taken for the next one's
+                socket.close(linger=0)  # a late answer must not be read as the next one
                 raise
             self._sockets[loop] = socket
         return msgspec.msgpack.decode(answer, type=Msg)
@@ -66,9 +67,9 @@ class Link:
     def _connect(self) -> Any:
         from lmcache.v1.rpc_utils import get_zmq_socket_with_timeout
 
-        worker, patience = self._worker, self._worker.config.lookup_timeout_ms  # then the scheduler recomputes
+        worker, timeout_ms = self._worker, self._worker.config.lookup_timeout_ms  # later, the scheduler recomputes
         return get_zmq_socket_with_timeout(
-            worker.context, worker.controller_rep_url, "tcp", zmq.DEALER, "connect", patience, patience
+            worker.context, worker.controller_rep_url, "tcp", zmq.DEALER, "connect", timeout_ms, timeout_ms
         )
 
 
@@ -79,7 +80,7 @@ def link(worker: Any) -> Link:
 
 
 async def _register(worker: Any) -> None:
-    """The first heartbeat does it. LMCache starts this coroutine before its worker is whole."""
+    """Only wait until the worker is complete: LMCache calls this too early, and the first heartbeat registers."""
     while not hasattr(worker, "msg_queue"):
         await asyncio.sleep(0.01)
 
@@ -87,7 +88,7 @@ async def _register(worker: Any) -> None:
 async def _heartbeat(worker: Any) -> None:
     from lmcache.v1.cache_controller.message import HeartbeatMsg
 
-    connection, said = link(worker), False
+    connection, error_logged = link(worker), False
     message = HeartbeatMsg(
         instance_id=worker.lmcache_instance_id,
         worker_id=worker.worker_id,
@@ -99,27 +100,27 @@ async def _heartbeat(worker: Any) -> None:
         try:
             answer = await connection.ask(message)
             if any(command.reason == "worker_re_registered" for command in answer.commands):
-                _tell_all(worker)
-            if said:
+                _report_all_keys(worker)
+            if error_logged:
                 logger.error("lmcache_controller is back: KV is shared again")
-            connection.up, said = True, False
+            connection.up, error_logged = True, False
         except Exception as error:
             connection.up = False
-            if not said:
+            if not error_logged:
                 logger.error(
                     "lmcache_controller at %s does not answer (%s): KV is recomputed until it does",
                     worker.controller_rep_url,
                     error,
                 )
-            said = True
+            error_logged = True
         await asyncio.sleep(HEARTBEAT)
 
 
-def _tell_all(worker: Any) -> None:
-    """Tell a controller that knows nothing of us what is in the local tier."""
+def _report_all_keys(worker: Any) -> None:
+    """Report the keys of the local CPU tier to a controller that has lost them."""
     from lmcache.v1.cache_controller.message import OpType
 
-    manager = getattr(worker.lmcache_engine, "storage_manager", None)  # not yet, when the engine is starting
+    manager = getattr(worker.lmcache_engine, "storage_manager", None)  # missing while the engine starts
     backend = manager and manager.local_cpu_backend
     if backend and backend.batched_msg_sender:
         for key in backend.get_keys():
@@ -133,31 +134,31 @@ async def _ask(worker: Any, msg: Any) -> Any:
         return await link(worker).ask(msg)
     except zmq.ZMQError as error:
         logger.error("lmcache_controller did not answer: %s", error)
-        link(worker).up = False  # until the next heartbeat that is answered
+        link(worker).up = False  # until a heartbeat is answered
         return worker._on_request_failure(msg)
 
 
-def when_known(engine: Any, key: Any, then: Callable[[], None]) -> None:
-    """Call ``then`` once other replicas can find the key, which ``engine`` has stored, or will not.
+def when_findable(engine: Any, key: Any, then: Callable[[], None]) -> None:
+    """Call ``then`` once other replicas can find a stored key, or once it is clear that they never will.
 
     Args:
-        engine: LMCacheEngine; without P2P nobody need wait.
-        key: the last one of a store: they are told to the controller in order.
+        engine: LMCacheEngine that stored the key. Without P2P, ``then`` is called at once.
+        key: the last key of a store. The controller learns the keys of a store in order.
     """
     if engine.lmcache_worker is None or not engine.config.enable_p2p:
         then()
         return
-    asyncio.run_coroutine_threadsafe(_when_known(engine, key, then), engine.lmcache_worker.loop)
+    asyncio.run_coroutine_threadsafe(_when_findable(engine, key, then), engine.lmcache_worker.loop)
 
 
-async def _when_known(engine: Any, key: Any, then: Callable[[], None]) -> None:
+async def _when_findable(engine: Any, key: Any, then: Callable[[], None]) -> None:
     from lmcache.v1.cache_controller.message import BatchedP2PLookupMsg
 
     worker, local = engine.lmcache_worker, engine.storage_manager.local_cpu_backend
-    # As nobody: the controller never names the one who asks.
-    question = BatchedP2PLookupMsg(hashes=[key.chunk_hash], instance_id="", worker_id=worker.worker_id)
+    # With an empty instance_id, because the controller leaves the sender out of its answer.
+    lookup = BatchedP2PLookupMsg(hashes=[key.chunk_hash], instance_id="", worker_id=worker.worker_id)
     while link(worker).up and local.contains(key):
-        answer = await worker.async_put_and_wait_msg(question)
+        answer = await worker.async_put_and_wait_msg(lookup)
         if answer.layout_info[0][2]:
             break
         await asyncio.sleep(0.01)

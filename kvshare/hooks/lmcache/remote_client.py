@@ -1,14 +1,14 @@
-"""LMCache's ``lm://`` client, when the server is slow, hung, wrong, restarted or gone.
+"""Replace LMCache's ``lm://`` client with one that copes with a slow, hung, faulty, restarted or dead server.
 
-LMCache 0.5.6's own (LMCServerConnector) never reconnects after its server was restarted, waits for a
-hung one without end, takes part of a reply for the whole, and loads what a dying client left of an
-entry. This one takes its place; protocol, URL and settings are the same.
+LMCache 0.5.6's client (LMCServerConnector) never reconnects to a restarted server and waits forever for a hung one. It
+accepts part of a reply as the whole, and loads entries that a dying client left incomplete. This client uses the same
+protocol, URL and settings.
 
-* No operation takes longer than ``blocking_timeout_secs`` of the LMCache config; the lookup of a whole
-  prompt is one. After one that failed nothing is asked until a probe in the background finds the
-  server healthy again: meanwhile lookups miss, and vLLM recomputes.
-* Puts have a connection and a thread of their own, and are confirmed: a put that returns can be found.
-* An entry carries a checksum of its content and key. What does not fit is a miss.
+* No operation takes longer than ``blocking_timeout_secs`` of the LMCache config. The lookup of a whole prompt is one
+  operation. After a failure the client sends nothing until a background probe finds the server healthy. Until then
+  lookups miss, and vLLM recomputes.
+* Puts have their own connection and thread. A put asks for its entry before it returns, so lookups find the entry.
+* An entry ends with a checksum of its key and content. A wrong checksum is a miss.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PROBE_EVERY = 1.0  # seconds
 
 
 def patch_lm_connector(module: Any) -> None:
-    """LMCache looks the class up each time it makes one."""
+    """Replace the class in its module: LMCache looks it up there for each new connector."""
     known = {"18e408041daf": "0.4.4, 0.5.3", "7b81d568062d": "0.5.6"}
     replace(module, "LMCServerConnector", _connector_class(), known)
 
 
 class Link:
-    """One connection, opened when it is needed; what goes wrong closes it."""
+    """One connection to the server. ``with`` opens it if needed, and closes it after an error."""
 
     def __init__(self, address: tuple[str, int], timeout: float) -> None:
         self._address, self._timeout = address, timeout
@@ -49,7 +49,7 @@ class Link:
         self.start()
 
     def start(self) -> None:
-        """An operation starts: all of it has ``timeout`` seconds."""
+        """Start an operation, which must end within ``timeout`` seconds."""
         self._deadline = time.monotonic() + self._timeout
 
     def __enter__(self) -> Link:
@@ -118,7 +118,7 @@ def _connector_class() -> type:
             return True
 
         def batched_contains(self, keys: Sequence[Any]) -> int:
-            """How many of the leading keys are there."""
+            """Number of leading keys that the server has."""
             return asyncio.run_coroutine_threadsafe(self._leading(keys), self._loop).result()
 
         async def _leading(self, keys: Sequence[Any]) -> int:
@@ -130,7 +130,7 @@ def _connector_class() -> type:
             return self._do(self._reads, self._get, key)
 
         async def put(self, key: Any, memory_obj: Any) -> None:
-            # What waits is bounded by LMCache's local memory, which holds it.
+            # LMCache's local memory holds the queued entries, so its size bounds the queue.
             await asyncio.get_running_loop().run_in_executor(self._putting, self._put, key, memory_obj)
 
         async def list(self) -> list[str]:
@@ -145,15 +145,15 @@ def _connector_class() -> type:
         def _put(self, key: Any, memory_obj: Any) -> None:
             if self._down.is_set():
                 return
-            if not self._do(self._writes, self._keeps, key, memory_obj):
+            if not self._do(self._writes, self._put_and_confirm, key, memory_obj):
                 size = len(memory_obj.byte_array)
-                logger.error("%s did not keep an entry of %d bytes: is its memory too small?", self._name, size)
+                logger.error("%s did not keep an entry of %d bytes. Is its memory too small?", self._name, size)
 
-        def _keeps(self, link: Link, key: Any, memory_obj: Any) -> bool:
-            """Put an entry and ask for it, as one: a put into a connection that has died looks like one that worked."""
+        def _put_and_confirm(self, link: Link, key: Any, memory_obj: Any) -> bool:
+            """Put an entry, and return whether the server has it. Sending to a dead connection may not fail."""
             data = memory_obj.byte_array
-            what = memory_obj.get_memory_format(), memory_obj.get_dtype(), memory_obj.get_shape()
-            link.send(ClientMetaMessage(ClientCommand.PUT, key, len(data) + CHECKSUM, *what).serialize())
+            meta = memory_obj.get_memory_format(), memory_obj.get_dtype(), memory_obj.get_shape()
+            link.send(ClientMetaMessage(ClientCommand.PUT, key, len(data) + CHECKSUM, *meta).serialize())
             link.send(data)
             link.send(_checksum(key, data))
             return self._has(link, key)
@@ -169,22 +169,22 @@ def _connector_class() -> type:
             return self._receive(link, key, meta) if meta.code == ServerReturnCode.SUCCESS else None
 
         def _request(self, link: Link, command: Any, key: Any) -> Any:
-            nothing = MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])
-            link.send(ClientMetaMessage(command, key, 0, *nothing).serialize())
+            no_data = MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])
+            link.send(ClientMetaMessage(command, key, 0, *no_data).serialize())
             reply = bytearray(ServerMetaMessage.packlength())
             link.receive(reply)
             return ServerMetaMessage.deserialize(reply)
 
         def _receive(self, link: Link, key: Any, meta: Any) -> Any:
-            """The entry that a reply announces; None if it is not what was put, or there is no room for it."""
+            """Receive the entry that a reply announces. None if its checksum is wrong or if memory is lacking."""
             size = meta.length - CHECKSUM
             if not meta.dtype or size != meta.shape.numel() * meta.dtype.itemsize or size > self.full_chunk_size_bytes:
-                raise ValueError(f"{self._name} sent an entry of {meta.length} bytes, which is none of ours")
-            # Not LMCache's default, to try until there is room: what it waits for may be waiting for this.
+                raise ValueError(f"{self._name} sent an entry of {meta.length} bytes, which kvshare did not store")
+            # LMCache's default waits for free memory. The owner of that memory may be waiting for this call.
             memory_obj = self._memory.allocate(meta.shape, meta.dtype, meta.fmt, busy_loop=False)
             if memory_obj is None:
-                logger.error("no room in LMCache's local memory for an entry of %s", self._name)
-                link.close()  # the rest of the reply is not read
+                logger.error("LMCache has no free local memory for an entry of %s", self._name)
+                link.close()  # drops the rest of the reply
                 return None
             checksum = bytearray(CHECKSUM)
             try:
@@ -195,7 +195,7 @@ def _connector_class() -> type:
                 raise
             if checksum == _checksum(key, memory_obj.byte_array):
                 return memory_obj
-            logger.error("%s sent an entry with a wrong checksum: it is recomputed", self._name)
+            logger.error("%s sent an entry with a wrong checksum: its KV is recomputed", self._name)
             memory_obj.ref_count_down()
             return None
 
@@ -205,14 +205,14 @@ def _connector_class() -> type:
                 try:
                     with link:
                         return operation(link, *args)
-                except ConnectionError:  # perhaps one from before the server was restarted: with a new one
+                except ConnectionError:  # perhaps the server was restarted: try a new connection
                     with link:
                         return operation(link, *args)
             except OSError as error:
-                self._went_down(error)
+                self._mark_down(error)
                 raise
 
-        def _went_down(self, error: BaseException) -> None:
+        def _mark_down(self, error: BaseException) -> None:
             with self._lock:
                 if self._down.is_set():
                     return

@@ -1,1 +1,1 @@
-"""Hooks into verl: the rollout server, metrics, and verl on a machine with no accelerator."""
+"""Hooks into verl: the rollout server, metrics, and support for machines without an accelerator."""

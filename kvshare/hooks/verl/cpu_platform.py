@@ -1,7 +1,7 @@
-"""verl on a machine with no accelerator: platform ``cpu`` and the weight sync into vLLM.
+"""Register the platform ``cpu`` with verl, so that verl runs on a machine without an accelerator.
 
-Set ``VERL_PLATFORM=cpu`` (and ``VERL_ENGINE_DEVICE=cuda``: verl 0.9.1 registers its FSDP engines for
-cuda and npu only). For trying things out: slow, and exact in fp32.
+Set ``VERL_PLATFORM=cpu`` and ``VERL_ENGINE_DEVICE=cuda``: verl 0.9.1 registers its FSDP engines for cuda and npu only.
+The platform is for trying things out. It is slow, and exact in fp32.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def register_platform(module: Any) -> None:
     module.PlatformRegistry.register(platform="cpu")(_platform_class(module.PlatformBase))
 
 
-@optional("verl's process group on CPU is as it is")
+@optional("verl may fail to create its process group on CPU")
 def patch_process_group(module: Any) -> None:
-    """verl asks for the backend "cpu:gloo,cpu:gloo", which torch refuses as a duplicate."""
+    """Ask for "cpu:gloo". verl asks for "cpu:gloo,cpu:gloo", which torch rejects as a duplicate."""
     if is_cpu():
         wrap(module, "initialize_global_process_group_ray", _one_backend, "timeout_second", "backend")
 
@@ -41,7 +41,7 @@ def _one_backend(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _device_module() -> types.ModuleType:
-    """torch.cpu with the members verl expects of torch.<accelerator>."""
+    """``torch.cpu`` plus the members that verl expects of ``torch.<accelerator>``."""
     import torch
 
     class CPUModule(types.ModuleType):
@@ -78,12 +78,12 @@ def _platform_class(base: type) -> type:
             return True
 
         def is_platform_available(self, use_smi_check: bool = False) -> bool:
-            return False  # never chosen by itself, only by VERL_PLATFORM
+            return False  # verl never detects this platform: only VERL_PLATFORM selects it
 
         def current_device(self) -> Any:
             import torch
 
-            return torch.device("cpu")  # verl does tensor.to(...): a number would be an accelerator
+            return torch.device("cpu")  # for tensor.to(...), where a number means an accelerator
 
         def device_count(self) -> int:
             return 1
@@ -113,13 +113,13 @@ def _platform_class(base: type) -> type:
             return "CUDA_VISIBLE_DEVICES"
 
         def ray_resource_name(self) -> str:
-            return "GPU"  # verl knows GPU and NPU; ray.init(num_gpus=N) pretends to N
+            return "GPU"  # verl knows only GPU and NPU; ray.init(num_gpus=N) declares N of them
 
         def ray_noset_envvars(self) -> list[str]:
             return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
         def is_ipc_supported(self) -> bool:
-            return False  # weights go through POSIX shared memory
+            return False  # so verl sends weights through POSIX shared memory
 
         @contextmanager
         def nvtx_range(self, msg: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""vLLM worker extension for CPU: verl's weight sync into packed weights."""
+"""vLLM worker extension that loads verl's weight updates into vLLM's packed CPU weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from verl.workers.rollout.vllm_rollout import utils
 
 from kvshare.hooks import check
 
-# Replaced below.
+# CPUWorkerExtension replaces it.
 check.source(utils, "vLLMColocateWorkerExtension.update_weights_from_ipc", {"bfeb6433d0b4": "0.9.1"})
 
 
 class CPUWorkerExtension(utils.vLLMColocateWorkerExtension):
-    """vLLM's CPU linear layers pack their weight and drop the original, so verl's in-place copy has
-    nothing to copy into; vLLM's own layerwise reload packs again."""
+    """Loads weights with vLLM's layerwise reload, which packs them again.
+
+    vLLM's CPU linear layers pack their weight and drop the original, so verl's in-place copy has no target.
+    """
 
     model_runner: Any  # vLLM mixes this class into its worker
 
@@ -28,7 +30,7 @@ class CPUWorkerExtension(utils.vLLMColocateWorkerExtension):
         weights: dict[str, Any] = {}
 
         def keep(bucket: list[tuple[str, Any]], is_last: bool) -> None:
-            # The tensors are views of a buffer that the next bucket overwrites.
+            # The next bucket overwrites the buffer behind these tensors.
             weights.update((name, tensor.clone()) for name, tensor in bucket)
 
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
@@ -37,7 +39,7 @@ class CPUWorkerExtension(utils.vLLMColocateWorkerExtension):
         self._repack_tied_lm_head()
 
     def _repack_tied_lm_head(self) -> None:
-        """A tied lm_head receives no weights, so the reload leaves its packed copy as it was."""
+        """Pack a tied lm_head again: it receives no weights itself, so the reload leaves its old packed copy."""
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
         for module in self.model_runner.get_model().modules():

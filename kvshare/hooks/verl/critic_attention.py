@@ -1,4 +1,7 @@
-"""The critic's attention: verl 0.9.1 loads it with flash_attention_2, whatever its config says."""
+"""Load verl's critic with PyTorch's attention where flash-attn is not installed.
+
+verl 0.9.1 loads the critic with flash_attention_2 and ignores the attention that its config sets.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from kvshare.hooks.patch import optional, replace
 
 @optional("The critic is loaded with flash_attention_2, which is not installed")
 def patch_critic(module: Any) -> None:
-    """Where flash-attn is not installed, the critic gets PyTorch's. On Ascend transformers has its own."""
+    """Replace verl's loader, unless flash-attn is installed. On Ascend, transformers has its own flash_attention_2."""
     if not any(map(find_spec, ("flash_attn", "torch_npu"))):
         replace(module, "load_valuehead_model", _load, {"3652731d7129": "0.9.1"})
 

@@ -1,4 +1,4 @@
-"""Names our vLLM rollout replica, which stamps requests with the policy, to verl."""
+"""Register kvshare's vLLM rollout replica, which stamps requests with the policy, with verl."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def register_replica(module: Any) -> None:
 
 
 def _load() -> type:
-    from kvshare.hooks.verl.rollout_server import KVShareReplica  # it imports vLLM
+    from kvshare.hooks.verl.rollout_server import KVShareReplica  # imports vLLM
 
     return KVShareReplica

@@ -1,4 +1,7 @@
-"""verl's vLLM rollout server, with the policy on every request and a record of what was shared."""
+"""Extend verl's vLLM rollout server: stamp each request with the policy and write the event log.
+
+The router calls this server to learn its policy, and to wait until a prefix is stored.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
 
 logger = logging.getLogger(__name__)
 
-# What is overridden below, and what stamps.
+# Methods that the classes below override, and AsyncLLM.generate, which the server wraps.
 check.parameters(vllm_async_server, "vLLMHttpServer.__init__", "replica_rank")
 check.parameters(vllm_async_server, "vLLMHttpServer.run_server", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.collective_rpc", "method")
@@ -36,10 +39,10 @@ check.parameters(vllm_async_server, "vLLMReplica.__init__", "replica_rank")
 check.parameters(async_llm, "AsyncLLM.generate", "prompt", "sampling_params", "request_id", "lora_request")
 
 RUN = policy.new_run()
-"""Drawn in the process that starts the replicas; each server gets it with its class."""
+"""Run id, drawn once in the process that starts the replicas. Each server gets it with its class."""
 
 READY_SECONDS = 10
-"""How long to wait, after the engine is up, for LMCache to say that it is."""
+"""Seconds from the start of the engine until a missing ``ready`` event from LMCache is logged as an error."""
 
 
 class KVShareServer(vLLMHttpServer):
@@ -54,12 +57,12 @@ class KVShareServer(vLLMHttpServer):
         self._updating = self._warned = False
         self._before_first_update = policy.private_policy()
         self._event_log = EventLog(replica_rank, os.environ.get(RUN_DIR))
-        os.environ[worker_events.ADDRESS] = self._events.address  # inherited by the engine's processes
+        os.environ[worker_events.ADDRESS] = self._events.address  # the engine's processes inherit it
         super().__init__(replica_rank=replica_rank, **kwargs)
-        self._chunk_size = self._own_lmcache_config()
+        self._chunk_size = self._configure_lmcache()
 
-    def _own_lmcache_config(self) -> int:
-        """Give this replica its P2P identity; returns LMCache's chunk size in tokens."""
+    def _configure_lmcache(self) -> int:
+        """Set this replica's P2P identity in the environment. Returns LMCache's chunk size in tokens."""
         settings = lmcache_settings.effective(os.environ.get("LMCACHE_CONFIG_FILE"))
         if settings.enable_p2p:
             nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
@@ -83,12 +86,12 @@ class KVShareServer(vLLMHttpServer):
         except TimeoutError:
             self._event_log.write("degraded")
             logger.error(
-                "replica %d shares NO KV: LMCache did not start in it, or its server does not answer (search its log "
-                "for 'degraded mode' and 'does not answer'); training goes on without sharing",
+                "replica %d shares NO KV: LMCache did not start, or LMCache's server does not answer. Search the "
+                "replica's log for 'degraded mode' and 'does not answer'. Training continues without sharing",
                 self.replica_rank,
             )
             await self._ready.wait()
-            logger.error("LMCache is up in replica %d: it shares KV from here on", self.replica_rank)
+            logger.error("LMCache has started in replica %d: it shares KV from here on", self.replica_rank)
 
     # -- the policy ---------------------------------------------------------------------------
 
@@ -96,8 +99,8 @@ class KVShareServer(vLLMHttpServer):
     def policy(self) -> str:
         """The policy of the weights in this engine now.
 
-        Until the first update nobody else has it. From the start of an update to its end, also when
-        it fails half-way, the weights are unknown and each request gets a policy of its own.
+        Before the first update, only this replica has the policy. From the start of an update until verl sets
+        ``global_steps``, the weights are unknown, and each request gets a private policy.
         """
         if self._updating:
             return policy.private_policy()
@@ -108,23 +111,23 @@ class KVShareServer(vLLMHttpServer):
     async def collective_rpc(self, method: str | Callable, *args: Any, **kwargs: Any) -> None:
         if _touches_weights(method) and not self._updating:
             self._updating, self._warned = True, False
-            self._tell_policy()
-            # Requests that run on must store nothing more under the policy that ends here.
+            self._announce_policy()
+            # Running requests must not store KV of the new weights under the old policy.
             await self.engine.reset_prefix_cache(reset_connector=True)
         await super().collective_rpc(method, *args, **kwargs)
 
     async def set_global_steps(self, global_steps: int) -> None:
         await super().set_global_steps(global_steps)
         self._updating = False
-        self._tell_policy()
+        self._announce_policy()
 
-    def _tell_policy(self) -> None:
+    def _announce_policy(self) -> None:
         self._prefixes.give_up()
         changed, self._policy_changed = self._policy_changed, asyncio.Event()
         changed.set()
 
     async def wait_policy_change(self, known: str | None) -> tuple[str | None, Pace]:
-        """For the router: the policy others can share, None during an update; returns when it is not ``known``."""
+        """For the router: wait until the policy is not ``known``. Returns it (None during an update) and the pace."""
         while (now := None if self._updating else self.policy) == known:
             await self._policy_changed.wait()
         return now, self._rates.pace()
@@ -133,16 +136,16 @@ class KVShareServer(vLLMHttpServer):
         if self._updating and not self._warned:
             self._warned = True
             logger.error(
-                "replica %d generates while its weights are being updated, or after an update that set no "
-                "global_steps: these requests share no KV until verl calls set_global_steps",
+                "replica %d generates during a weight update, or after an update that did not set global_steps: "
+                "its requests share no KV until verl calls set_global_steps",
                 self.replica_rank,
             )
 
     def _stamping(self, generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-        """``AsyncLLM.generate`` that stamps each request, also those of the server's HTTP API.
+        """Wrap ``AsyncLLM.generate`` to stamp each request, including those of the server's HTTP API.
 
-        Here and not in verl's ``generate()``: that one may wait for a weight update to end before it
-        submits, and must then carry the new policy.
+        verl's ``generate()`` would be too early: it may wait for a weight update to end before it submits the request,
+        which must then carry the new policy.
         """
 
         async def stamped(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
@@ -159,7 +162,7 @@ class KVShareServer(vLLMHttpServer):
                 ):
                     if not answered:
                         answered = time.monotonic()
-                        prefill = self._answers(request_id, output, asked, answered)
+                        prefill = self._first_token(request_id, output, asked, answered)
                     yield output
             finally:
                 self._prefixes.ended(request_id)
@@ -176,14 +179,14 @@ class KVShareServer(vLLMHttpServer):
         chunks = chunk_digests(ids, self._chunk_size)
         return Prefill(stamp, chunks[-1] if chunks else "", len(chunks) * self._chunk_size)
 
-    def _answers(self, request_id: str, output: Any, asked: float, answered: float) -> float:
-        """The first token is there; returns the tokens a second that were computed since it was asked."""
+    def _first_token(self, request_id: str, output: Any, asked: float, answered: float) -> float:
+        """Record the first token. Returns the prefill rate since the request was sent, in tokens per second."""
         cached = output.num_cached_tokens or 0
-        # Without LMCache nothing is ever stored, and nobody need wait for it.
+        # Without LMCache nothing is stored. Counting all tokens as cached ends the wait of other requests.
         self._prefixes.first_token(request_id, cached if self._ready.is_set() else sys.maxsize)
         return self._rates.prefilled(len(output.prompt_token_ids or ()) - cached, asked, answered)
 
-    # -- what was shared ----------------------------------------------------------------------
+    # -- the event log ------------------------------------------------------------------------
 
     async def _record_events(self) -> None:
         while True:
@@ -204,9 +207,9 @@ class KVShareServer(vLLMHttpServer):
         self._event_log.write(op, **event)
 
     async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
-        """For the router: whether others can find the prefix (the last of ``chunk_digests``), once that is clear.
+        """For the router: wait until other replicas can find ``prefix``, the last of its ``chunk_digests``.
 
-        False if it will not be stored, if the policy has ended, or after ``seconds``.
+        False if the prefix will not be stored, if the policy has changed, or after ``seconds``.
         """
         stored = policy == self.policy and await self._prefixes.wait((policy, prefix), seconds)
         return stored, self._rates.pace()
@@ -218,15 +221,15 @@ class KVShareServer(vLLMHttpServer):
 
 
 def _touches_weights(method: str | Callable) -> bool:
-    """verl 0.9.1 has update_weights_from_ipc, start_weight_update, …: what comes next will be named alike."""
+    """Whether a method changes the weights, judged by its name (verl 0.9.1: update_weights_from_ipc and others)."""
     return "weight" in (method if isinstance(method, str) else getattr(method, "__name__", "weight"))
 
 
 def _salted(prompt: Any, stamp: str) -> dict[str, Any]:
-    """The prompt with the policy in its ``cache_salt``, which vLLM's own prefix cache keys on."""
+    """Put the policy into the prompt's ``cache_salt``, which is part of the keys of vLLM's prefix cache."""
     if isinstance(prompt, Mapping):
         fields = dict(prompt)
-    else:  # vLLM also takes bare text and bare token ids
+    else:  # vLLM also takes a plain string or a list of token ids
         fields = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
     salt = fields.get("cache_salt")
     return {**fields, "cache_salt": f"{stamp}.{salt}" if salt else stamp}
@@ -240,17 +243,17 @@ def _tag(sampling_params: Any, stamp: str, request_id: str) -> None:
 
 
 def _server_class(run: str) -> type:
-    """A class of its own for each run, so that Ray ships it by value and with it the run."""
+    """Create a class for one run: Ray pickles it by value, and ``run`` with it."""
     return type("KVShareServer", (KVShareServer,), {"run": run})
 
 
 class KVShareReplica(vLLMReplica):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not (self.is_reward_model or self.is_teacher_model):  # their weights do not follow global_steps
+        if not (self.is_reward_model or self.is_teacher_model):  # their weights do not change with global_steps
             self.server_class = ray.remote(_server_class(RUN))
 
     @property
     def max_concurrency(self) -> int:
-        """Calls at once: beside each request the router may wait for its prefix."""
+        """Concurrent calls: one for each request, and one for the router's wait for its prefix."""
         return 2 * super().max_concurrency

@@ -1,8 +1,8 @@
-"""Every step's sharing in verl's own logger, under ``kvshare/``, and in one line on the console.
+"""Add each step's sharing metrics to verl's logger, under ``kvshare/``, and print them in one line.
 
-verl 0.9.1 gives its trainers no hook for metrics of somebody else's, so ``Tracking.log`` is wrapped,
-through which all of them log. A step is what the event log holds between two calls; only what is new in
-it is read. What goes wrong here is logged once, and training goes on without these metrics.
+verl 0.9.1 has no extension point for metrics, so this hook wraps ``Tracking.log``, which all its trainers call. Each
+call reads the events that were added to the event log since the previous call. The first error is logged and ends the
+metrics; training continues.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from kvshare.record.summary import STEP, not_seen
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED = 100_000  # keys, and who stored them: loads come soon after, or never
+REMEMBERED = 100_000  # keys whose storing replica is remembered: a load follows its store soon, or never
 
 
-@optional("verl's logger will not have kvshare's metrics")
+@optional("verl's logger does not get kvshare's metrics")
 def patch_tracking(module: Any) -> None:
     wrap(module, "Tracking.log", _log, "data", "step")
 
@@ -49,13 +49,13 @@ def _sharing(tracking: Any, data: dict[str, Any]) -> dict[str, float]:
         print(line, flush=True)
     except Exception:
         tracking.kvshare_failed = True
-        logger.exception("kvshare's metrics end here; training and sharing go on")
+        logger.exception("kvshare's metrics end here; training and sharing continue")
         return {}
     return metrics
 
 
 class Steps:
-    """The steps of a run, as they end."""
+    """Turns new events of a run into metrics, step by step."""
 
     def __init__(self, folder: Path) -> None:
         self._event_log = EventLog("trainer", str(folder))
@@ -66,7 +66,7 @@ class Steps:
         self._prefill: float | None = None
 
     def step(self, number: int) -> tuple[dict[str, float], str]:
-        """What replicas have done since the last step: metrics and a line about them."""
+        """Metrics of the events since the previous step, and the line to print."""
         events = token_sources.of_replicas(self._reader.read())
         self._seen |= {event["replica"] for event in events}
         token_sources.remember(self._stored, events)
@@ -79,7 +79,7 @@ class Steps:
 
 
 def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
-    """One line for a human."""
+    """The line to print; ``unseen`` are the ranks of replicas without an event so far."""
     shown = {name: f"{metrics[f'{name}_tokens']:,}" for name in ("prompt", *token_sources.SOURCES, "stale_hit")}
     unknown = f", {shown['unknown_hit']} of unknown origin" if metrics["unknown_hit_tokens"] else ""
     stale = f"STALE: {shown['stale_hit']}" if metrics["stale_hit_tokens"] else "0 stale"
@@ -93,5 +93,5 @@ def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
 
 
 def _read(run: Path) -> dict[str, Any]:
-    """run.json, which preflight wrote; on another node it may be missing."""
+    """Read run.json, which preflight writes. On another node the file may be missing."""
     return json.loads(run.read_text()) if run.is_file() else {}
