@@ -64,13 +64,13 @@ def forecast(backend: BackendOption, device: DeviceOption, hydra: Hydra = None, 
 @app.command()
 def overrides(backend: BackendOption, device: DeviceOption, as_json: Json = False) -> None:
     """What makes your own verl job share, as lines of bash: paste them, or source <(kvshare overrides …)."""
-    from kvshare.launch import overrides
+    from kvshare.launch import paste
 
-    environment, hydra = overrides.to_paste(backend, device)
+    environment, hydra = paste.overrides(backend, device)
     if as_json:
         print(json.dumps({"environment": environment, "overrides": hydra}, indent=2))
     else:
-        print(overrides.as_bash(environment, hydra))
+        print(paste.as_bash(environment, hydra))
 
 
 @app.command(context_settings=PASSES)
@@ -106,7 +106,7 @@ def launch(
 
 def _job(backend: str, device: str, hydra: list[str]) -> Job:
     """Arguments without --config-dir are overrides for the launcher's."""
-    from kvshare.launch import arguments, environment, launchers
+    from kvshare.launch import environment, hydra_overrides, launchers
     from kvshare.launch.preflight import Job
 
     if "--config-dir" not in hydra:
@@ -114,7 +114,7 @@ def _job(backend: str, device: str, hydra: list[str]) -> Job:
         run = Path(os.environ.get("KVSHARE_RUN_DIR") or "outputs").absolute()
         variables = environment.of_run(device, run, {**os.environ, **exports})
         os.environ.update(variables)
-        hydra = arguments.complete([*given, *hydra], device, variables)
+        hydra = hydra_overrides.complete([*given, *hydra], device, variables)
     return Job(backend, device, hydra)
 
 

@@ -103,7 +103,7 @@ def effective(path: str | None) -> Any:
         except ValueError:
             if config.lmcache_worker_ports:
                 raise
-            config.lmcache_worker_ports = [0]  # p2p_identity picks free ports later; LMCache wants one now
+            config.lmcache_worker_ports = [0]  # p2p_replica picks free ports later; LMCache wants one now
             config.validate()
             config.lmcache_worker_ports = []
         return config

@@ -1,4 +1,7 @@
-"""Builds the environment that every process of a run needs, on every node."""
+"""Builds the environment that every process of a run needs, on every node.
+
+hydra_overrides.py hands it to Ray's workers.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from kvshare.core.errors import UserError
-from kvshare.launch import arguments, environment
+from kvshare.launch import environment, hydra_overrides
 from kvshare.record import report
 from kvshare.record.event_log import RUN_DIR
 from kvshare.services.backends import BACKENDS, place
@@ -53,7 +53,7 @@ class Launch:
             exports: variables of the service, if it was started here.
         """
         variables = environment.of_run(self.device, self.run_dir, {**self._caller, **exports})
-        return variables, [*self._verl, *arguments.complete(self._arguments, self.device, variables)]
+        return variables, [*self._verl, *hydra_overrides.complete(self._arguments, self.device, variables)]
 
     def dry_run(self) -> str:
         """The training as lines of bash."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvshare.core import lmcache_settings, p2p_identity, policy
+from kvshare.core import lmcache_settings, p2p_replica, policy
 from kvshare.hooks.lmcache import keys
 
 CONFIG = {
@@ -23,10 +23,10 @@ CONFIG = {
 
 
 def identity(config, replica, world_size, address="127.0.0.1"):
-    return p2p_identity.identity(config, replica, world_size, address, count(20_000 + 100 * replica).__next__)
+    return p2p_replica.identity(config, replica, world_size, address, count(20_000 + 100 * replica).__next__)
 
 
-@given(st.sampled_from([(8, 1), (4, 2), (2, 4), (1, 8), (2, 2)]), st.sets(st.sampled_from(p2p_identity.PORT_LISTS)))
+@given(st.sampled_from([(8, 1), (4, 2), (2, 4), (1, 8), (2, 2)]), st.sets(st.sampled_from(p2p_replica.PORT_LISTS)))
 def test_replicas_share_nothing(shape, empty):
     replicas, world_size = shape
     config = CONFIG | {key: [] for key in empty}
@@ -37,13 +37,13 @@ def test_replicas_share_nothing(shape, empty):
 
 
 def test_too_few_ports_says_how_many():
-    with pytest.raises(p2p_identity.TooFewPorts, match="has 8 different ports, 5 replicas of 2 need 10"):
-        p2p_identity.check_ports(CONFIG, 5, 2)
+    with pytest.raises(p2p_replica.TooFewPorts, match="has 8 different ports, 5 replicas of 2 need 10"):
+        p2p_replica.check_ports(CONFIG, 5, 2)
 
 
 def test_a_port_named_twice_counts_once():
-    with pytest.raises(p2p_identity.TooFewPorts):
-        p2p_identity.check_ports({"p2p_init_ports": [9960, 9960]}, 2, 1)
+    with pytest.raises(p2p_replica.TooFewPorts):
+        p2p_replica.check_ports({"p2p_init_ports": [9960, 9960]}, 2, 1)
 
 
 def test_one_that_returns_has_another_id():
@@ -60,7 +60,7 @@ def test_others_can_reach_the_address(host, expected):
     assert identity(CONFIG | {"p2p_host": host}, 0, 1, "10.0.0.7")["LMCACHE_P2P_HOST"] == expected
 
 
-@pytest.mark.parametrize("empty", [(), p2p_identity.PORT_LISTS])
+@pytest.mark.parametrize("empty", [(), p2p_replica.PORT_LISTS])
 def test_values_are_what_lmcache_reads(tmp_path, monkeypatch, empty):
     """Of the second replica of two workers, through a file as LMCache loads it."""
     from lmcache.v1.config import load_engine_config_with_overrides

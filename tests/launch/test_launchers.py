@@ -9,7 +9,7 @@ import pytest
 from conftest import LAUNCHERS, ROOT
 
 from kvshare.core.errors import UserError
-from kvshare.launch import arguments, launchers, preflight
+from kvshare.launch import hydra_overrides, launchers, preflight
 from kvshare.launch.preflight import recipe
 
 
@@ -113,10 +113,10 @@ def test_any_path_reaches_verl_as_it_is(path, tmp_path):
 @pytest.mark.parametrize("installed", [True, False])
 def test_attention_is_one_that_is_installed(installed, monkeypatch):
     """verl removes padding with flash-attn only, and takes flash-attn for granted."""
-    monkeypatch.setattr(arguments, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(hydra_overrides, "find_spec", lambda name: installed or None)
     monkeypatch.setenv("KVSHARE_RUN_DIR", "/run")
     _, given = launchers.read("mp", "cuda", os.environ)
-    job = preflight.Job("mp", "cuda", arguments.complete(given, "cuda", {}))
+    job = preflight.Job("mp", "cuda", hydra_overrides.complete(given, "cuda", {}))
     assert not list(recipe.config(job))
     for part in (job.config.actor_rollout_ref.model, job.config.critic.model):
         assert part.use_remove_padding == installed
@@ -124,7 +124,7 @@ def test_attention_is_one_that_is_installed(installed, monkeypatch):
             "flash_attention_2" if installed else "sdpa"
         )
     assert job.config.actor_rollout_ref.actor.use_dynamic_bsz == installed
-    assert arguments.complete(["+attention=sdpa"], "cuda", {}) == ["+attention=sdpa"]
+    assert hydra_overrides.complete(["+attention=sdpa"], "cuda", {}) == ["+attention=sdpa"]
 
 
 @pytest.mark.parametrize("name", ["LMCache_CONFIG_FILE", "LMCACHE_CONFIG_FILE"])

@@ -7,7 +7,7 @@ import pytest
 from lmcache.v1 import config
 from test_launchers import dry_run
 
-from kvshare.core import lmcache_settings, p2p_identity, ports
+from kvshare.core import lmcache_settings, p2p_replica, ports
 
 
 @pytest.fixture
@@ -57,11 +57,11 @@ def test_identity_of_replicas(monkeypatch):
     for replica in range(4):
         settings = launched(monkeypatch, "p2p").to_dict()
         own.append(
-            launched(monkeypatch, "p2p", **p2p_identity.identity(settings, replica, 2, "127.0.0.1", ports.free_port))
+            launched(monkeypatch, "p2p", **p2p_replica.identity(settings, replica, 2, "127.0.0.1", ports.free_port))
         )
-        for key in ("lmcache_instance_id", "p2p_host", *p2p_identity.PORT_LISTS):
+        for key in ("lmcache_instance_id", "p2p_host", *p2p_replica.PORT_LISTS):
             monkeypatch.delenv(f"LMCACHE_{key.upper()}")
     assert len({c.lmcache_instance_id for c in own}) == 4
-    for name in p2p_identity.PORT_LISTS:
+    for name in p2p_replica.PORT_LISTS:
         assert all(len(getattr(c, name)) == 2 for c in own)
         assert len({port for c in own for port in getattr(c, name)}) == 8

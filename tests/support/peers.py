@@ -8,7 +8,7 @@ from uuid import uuid4
 import zmq
 from conftest import ROOT
 
-from kvshare.core import lmcache_settings, p2p_identity, ports
+from kvshare.core import lmcache_settings, p2p_replica, ports
 from kvshare.services import backends, health
 
 CONFIG = str(ROOT / "config" / "p2p_backend_config.yaml")
@@ -39,8 +39,8 @@ class Controller:
 
 def environment(controller, rank, address="127.0.0.1"):
     """Of a replica: the one YAML, and what the rollout server sets for it; on free ports."""
-    settings = lmcache_settings.effective(CONFIG).to_dict() | {name: [] for name in p2p_identity.PORT_LISTS}
-    return SETTINGS | controller.exports | p2p_identity.identity(settings, rank, 1, address, ports.free_port)
+    settings = lmcache_settings.effective(CONFIG).to_dict() | {name: [] for name in p2p_replica.PORT_LISTS}
+    return SETTINGS | controller.exports | p2p_replica.identity(settings, rank, 1, address, ports.free_port)
 
 
 class Peer:

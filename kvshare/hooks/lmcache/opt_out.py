@@ -1,7 +1,7 @@
 """Load nothing for requests that opt out of cached KV.
 
-vLLM does not read its own prefix cache for such requests (``Request.skip_reading_prefix_cache``): prompt
-log-probabilities and some pooling tasks need every prompt token computed. But vLLM still calls the connector, and
+vLLM does not read its own prefix cache for such requests (``Request.skip_reading_prefix_cache``):
+``prompt_logprobs`` and some pooling tasks need every prompt token computed. But vLLM still calls the connector, and
 LMCache 0.5.6 reports a hit. The engine then dies because log-probabilities are missing. The wraps run in the scheduler
 process. They do not change what LMCache stores of such a request.
 """

@@ -19,7 +19,7 @@ from verl.workers.rollout.vllm_rollout import vllm_async_server
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.v1.engine import async_llm
 
-from kvshare.core import lmcache_settings, p2p_identity, policy, ports
+from kvshare.core import lmcache_settings, p2p_replica, policy, ports
 from kvshare.hooks import check
 from kvshare.hooks.verl.cpu_platform import is_cpu
 from kvshare.record import worker_events
@@ -67,7 +67,7 @@ class KVShareServer(vLLMHttpServer):
         if settings.enable_p2p:
             nodes = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
             address = ray.util.get_node_ip_address() if len(nodes) > 1 else "127.0.0.1"
-            identity = p2p_identity.identity(
+            identity = p2p_replica.identity(
                 settings.to_dict(), self.replica_rank, self.replica_world_size, address, ports.free_port
             )
             os.environ.update(identity)

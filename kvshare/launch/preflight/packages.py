@@ -11,7 +11,7 @@ from importlib.util import find_spec, module_from_spec
 from kvshare.core import ascend, versions
 from kvshare.core.job import Job, one_line
 from kvshare.core.versions import installed
-from kvshare.launch.arguments import has_flash_attention
+from kvshare.launch.hydra_overrides import has_flash_attention
 
 CUDA_CODE = ("lmcache.cuda_ops", "lmcache.c_ops")
 """The name from LMCache 0.5.4 on, and the name before."""

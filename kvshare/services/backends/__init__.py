@@ -6,8 +6,8 @@ from pathlib import Path
 
 from kvshare.core import ports
 from kvshare.services.backends import mp, p2p, remote
-from kvshare.services.backends.backend import Backend as Backend
-from kvshare.services.backends.backend import Exports
+from kvshare.services.backends.interface import Backend as Backend
+from kvshare.services.backends.interface import Exports
 
 BACKENDS = {"remote": remote.BACKEND, "p2p": p2p.BACKEND, "mp": mp.BACKEND}
 

@@ -14,7 +14,7 @@ from kvshare.core import lmcache_settings
 from kvshare.core.errors import UserError
 from kvshare.core.job import Job
 from kvshare.services import health
-from kvshare.services.backends.backend import Backend, Exports, Ports
+from kvshare.services.backends.interface import Backend, Exports, Ports
 
 
 def _settings(job: Job, path: str | None) -> Iterator[str]:

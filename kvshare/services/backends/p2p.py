@@ -10,9 +10,9 @@ from pathlib import Path
 from kvshare.core import ascend
 from kvshare.core import ports as host_ports
 from kvshare.core.job import Job
-from kvshare.core.p2p_identity import LOOPBACK, PORT_LISTS, TooFewPorts, check_ports
+from kvshare.core.p2p_replica import LOOPBACK, PORT_LISTS, TooFewPorts, check_ports
 from kvshare.services import health
-from kvshare.services.backends.backend import Backend, Exports, Ports
+from kvshare.services.backends.interface import Backend, Exports, Ports
 
 
 def _settings(job: Job, path: str | None) -> Iterator[str]:

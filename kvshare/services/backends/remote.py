@@ -9,7 +9,7 @@ from pathlib import Path
 from kvshare.core import policy, server_status
 from kvshare.core.job import Job
 from kvshare.services import health
-from kvshare.services.backends.backend import Backend, Exports, Ports
+from kvshare.services.backends.interface import Backend, Exports, Ports
 
 
 def _settings(job: Job, path: str | None) -> Iterator[str]:

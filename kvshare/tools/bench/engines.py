@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import yaml
 
-from kvshare.core import p2p_identity, ports
+from kvshare.core import p2p_replica, ports
 from kvshare.core.errors import UserError
 from kvshare.record import worker_events
 from kvshare.services import health
@@ -86,7 +86,7 @@ def started(config: dict[str, Any], logs: Path) -> Iterator[Engines]:
             if receiver:
                 own[worker_events.ADDRESS], more = receiver.address, connector
                 own |= (
-                    p2p_identity.identity(settings, rank, 1, "127.0.0.1", ports.free_port)
+                    p2p_replica.identity(settings, rank, 1, "127.0.0.1", ports.free_port)
                     if settings["enable_p2p"]
                     else {}
                 )
