@@ -115,7 +115,8 @@ def test_stores_behind_vllms_back(monkeypatch, tmp_path):
     path.write_text("remote_url: lm://localhost:1")
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(path))
     monkeypatch.setattr(ascend, "load_lmcache", lambda: None)
-    settings = {"chunk_size": 256, "use_layerwise": False, "enable_blending": False, "remote_url": "redis://one:1"}
+    settings = {"chunk_size": 256, "use_layerwise": False, "enable_blending": False, "local_disk": None}
+    settings["remote_url"] = "redis://one:1"
     monkeypatch.setattr(lmcache_settings, "effective", lambda path: SimpleNamespace(**settings, store_async=True))
     job = preflight.Job("remote", "npu", [])
     job.config = SimpleNamespace(trainer=SimpleNamespace(nnodes=1))
