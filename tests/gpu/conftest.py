@@ -15,6 +15,8 @@ import pytest
 import wrapt
 from conftest import ROOT
 
+from kvshare.hooks.patch import PATCHES, Patch
+
 os.environ["PYTHONHASHSEED"] = "0"
 FILE = os.environ.get("GPU_FILE", "gpu")
 LOCK = (ROOT / "requirements" / f"{FILE}.txt").read_text()
@@ -32,30 +34,25 @@ MP_ONLY = (
 
 
 @pytest.fixture(scope="session")
-def hooks() -> dict[str, list[str]]:
-    """Paths that kvshare wraps, by module: both plugins are registered, each module that they hook is imported."""
+def hooks() -> list[Patch]:
+    """All patches: both plugins are registered, and each module that they hook is imported."""
     from kvshare import vllm_plugin
 
-    done: dict[str, list[str]] = {}
     verls: list[str] = []
-    really_wrap, really_register = wrapt.wrap_function_wrapper, wrapt.register_post_import_hook
-
-    def wrap(module, path, wrapper):
-        done.setdefault(module.__name__, []).append(path)
-        return really_wrap(module, path, wrapper)
+    really_register = wrapt.register_post_import_hook
 
     def register(hook, name):
         verls.append(name)
         return really_register(hook, name)
 
-    with mock.patch.object(wrapt, "wrap_function_wrapper", wrap):
-        with mock.patch.object(wrapt, "register_post_import_hook", register):
-            importlib.import_module("kvshare.verl_plugin")
-        vllm_plugin.register()
-        for name in [*hooked(), *verls]:
-            importlib.import_module(name)
-    print(f"\n{sum(map(len, done.values()))} functions wrapped in {len(done)} modules; {len(verls)} hooks of verl")
-    return done
+    with mock.patch.object(wrapt, "register_post_import_hook", register):
+        importlib.import_module("kvshare.verl_plugin")
+    vllm_plugin.register()
+    for name in [*hooked(), *verls]:
+        importlib.import_module(name)
+    modules = {patch.module.__name__ for patch in PATCHES}
+    print(f"\n{len(PATCHES)} functions patched in {len(modules)} modules; {len(verls)} hooks of verl")
+    return PATCHES
 
 
 def hooked() -> list[str]:
