@@ -22,7 +22,7 @@ model=${MODEL_PATH:-Qwen/Qwen2.5-7B-Instruct}
 data=${DATA_DIR:-$here/data/gsm8k}
 kv_transfer_config='{"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector"}' # module: not the copy that vLLM has
 
-python3 -c "import kvshare" || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
+python3 -c "import kvshare" 2>/dev/null || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
 # The server maps the engine's KV by CUDA IPC and cannot follow memory that sleeps and wakes elsewhere.
 # Blocks of 128 tokens load 2 to 5 times as fast as blocks of 16: docs/benchmarks.md.
 exec python3 -m kvshare launch --backend mp --device cuda -- \

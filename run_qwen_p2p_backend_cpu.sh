@@ -26,7 +26,7 @@ model=${MODEL_PATH:-$here/models/tiny-qwen2}
 data=${DATA_DIR:-$here/data/gsm8k}
 kv_transfer_config='{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
 
-python3 -c "import kvshare" || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
+python3 -c "import kvshare" 2>/dev/null || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
 exec python3 -m kvshare launch --backend p2p --device cpu -- \
   python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k_cpu \
   "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}" \

@@ -37,11 +37,11 @@ class Fit:
 
 
 TRAINER = {
-    **{"verl": "==0.9.1", "ray": ">=2.49", "numpy": "<=2.2.6"},
-    **{
-        "TransferQueue": "==0.1.11",
-        "tensordict": "==0.10.0",
-    },  # imported by verl's V1 trainers
+    "verl": "==0.9.1",
+    "ray": ">=2.49",
+    "numpy": "<=2.2.6",
+    "TransferQueue": "==0.1.11",  # verl's V1 trainers import it and tensordict; only an extra of verl asks for them
+    "tensordict": "==0.10.0",
 }
 NIXL = {"nixl": "==1.5.*"}
 
@@ -64,8 +64,11 @@ FITS: dict[str, list[Fit]] = {
         Fit(
             "gpu-verl.txt",
             {
-                **{"torch": "==2.11.*", "vllm": "==0.24.*", "lmcache": ">=0.5.3,<=0.5.6,!=0.5.4,!=0.5.5"},
-                **{"transformers": "==5.9.*", **TRAINER},
+                "torch": "==2.11.*",
+                "vllm": "==0.24.*",
+                "lmcache": ">=0.5.3,<=0.5.6,!=0.5.4,!=0.5.5",
+                "transformers": "==5.9.*",
+                **TRAINER,
             },
             {"remote": {}, "p2p": NIXL, "mp": {"lmcache": "==0.5.6"}},
             build="lmcache",
@@ -76,13 +79,14 @@ FITS: dict[str, list[Fit]] = {
         Fit(
             "npu.txt",
             {
-                **{"torch": "==2.10.*", "torch-npu": "==2.10.*", "vllm": "==0.23.*", "vllm-ascend": "==0.23.*"},
-                **{
-                    "transformers": ">=5.5.4,!=5.6.0,<5.11",
-                    "lmcache": "==0.4.4",
-                    "lmcache-ascend": "==0.4.4",
-                    **TRAINER,
-                },
+                "torch": "==2.10.*",
+                "torch-npu": "==2.10.*",
+                "vllm": "==0.23.*",
+                "vllm-ascend": "==0.23.*",
+                "transformers": ">=5.5.4,!=5.6.0,<5.11",
+                "lmcache": "==0.4.4",
+                "lmcache-ascend": "==0.4.4",
+                **TRAINER,
             },
             {"remote": {}, "p2p": {}},
             build="lmcache-ascend",

@@ -28,7 +28,7 @@ class UpstreamChanged(RuntimeError):
 def version(project: str) -> None:
     """Raise UpstreamChanged unless the installed version of ``project`` is in the table."""
     found, known = versions.installed(project), versions.known(project)
-    sets = [SpecifierSet(one) for one in known.split(", ")]
+    sets = [SpecifierSet(one) for one in known.split(", ") if one]
     if found == "unknown" or not any(one.contains(found, prereleases=True) for one in sets):
         raise UpstreamChanged(f"kvshare knows {project} {known}, and not {found}: install one of those")
 

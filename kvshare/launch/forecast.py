@@ -181,7 +181,9 @@ def _count(step: Step, recipe: Recipe) -> tuple[int, int, int]:
     # vLLM always computes the last token of a prompt.
     blocks = _requests([prompt[:-1] for prompt in step], recipe, recipe.block_size)
     local = sum(requests - min(recipe.replicas, requests) for requests in blocks.values()) * recipe.block_size
-    return _shared(step, recipe, recipe.chunk_size), stored, local
+    shared = _shared(step, recipe, recipe.chunk_size)
+    # Blocks are shorter than chunks, so the two counts can overlap: count no token twice.
+    return shared, stored, min(local, recipe.samples * sum(map(len, step)) - shared)
 
 
 def _shared(step: Step, recipe: Recipe, chunk_size: int) -> int:

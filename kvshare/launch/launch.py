@@ -36,7 +36,7 @@ class Launch:
     """
 
     def __init__(self, backend: str, device: str, command: list[str], caller: Mapping[str, str]) -> None:
-        if MAIN not in command or "--config-dir" not in command:
+        if MAIN not in command or "--config-dir" not in command[:-1]:
             raise UserError(f"give after --: python3 -m {MAIN} --config-dir … --config-name … and overrides")
         self.backend, self.device = backend, device
         at = command.index(MAIN) + 1
@@ -71,9 +71,15 @@ class Launch:
 
         Raises:
             NotStarted: the service did not start.
+            UserError: the folder of the run cannot be written to.
             KeyboardInterrupt: on SIGINT, SIGTERM or SIGHUP.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.run_dir} ({error.strerror}): set {RUN_DIR} to another folder"
+            ) from None
         with Processes((MARK, uuid4().hex)) as processes:
             exports = self._start_service(processes) if services else {}
             variables, command = self.prepare(exports)
@@ -96,5 +102,7 @@ def write_report(folder: Path) -> dict | None:
     try:
         return report.write(folder)
     except Exception as error:  # a failed report must not fail the training
-        print(f"kvshare launch: no report: {type(error).__name__}: {error}; kvshare report {folder}", file=sys.stderr)
+        print(
+            f"kvshare launch: no report ({type(error).__name__}: {error}): try kvshare report {folder}", file=sys.stderr
+        )
         return None

@@ -21,7 +21,10 @@ def read(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
     """
     for path in filter(None, (folder, baseline)):
         if not (path / "run.json").is_file():
-            raise UserError(f"{path} has no run.json: give the KVSHARE_RUN_DIR of a run that a launcher started")
+            raise UserError(
+                f"{path} has no run.json: give the KVSHARE_RUN_DIR of a run that a launcher started, "
+                "or that kvshare preflight --record wrote to"
+            )
     run = json.loads((folder / "run.json").read_text())
     run["server"] = server_status.read(run.pop("server_status", None))
     return summarize(Reader(folder).read(), _metrics(folder), run, _metrics(baseline) if baseline else None)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvshare.launch.forecast import Recipe, forecast, kv_bytes
@@ -78,6 +78,7 @@ def test_upper_bound(replicas, samples, monkeypatch):
     st.integers(1, 8),
     st.integers(1, 8),
 )
+@example(shapes=[(256, 0, 0), (256, 0, 176)], replicas=3, samples=3)
 def test_never_more_than_there_is(shapes, replicas, samples):
     step = [prompt(length, seed, min(length, common)) for length, seed, common in shapes]
     found = forecast([step], recipe(replicas, samples), of=len(step))

@@ -112,7 +112,7 @@ def test_any_path_reaches_verl_as_it_is(path, tmp_path):
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_attention_is_one_that_is_installed(installed, monkeypatch):
-    """verl removes padding with flash-attn only, and takes flash-attn for granted."""
+    """verl takes flash-attn for granted."""
     monkeypatch.setattr(hydra_overrides, "find_spec", lambda name: installed or None)
     monkeypatch.setenv("KVSHARE_RUN_DIR", "/run")
     _, given = launchers.read("mp", "cuda", os.environ)

@@ -304,6 +304,9 @@ def test_ray_cluster_that_is_up_inherits_nothing(job, environment, tmp_path):
         f"add {forwarded}.LMCACHE_CHUNK_SIZE='256'"
     ]
     assert errors(job(*given, f"{forwarded}.LMCACHE_CHUNK_SIZE='256'")) == []
+    environment.setenv("KVSHARE_LAUNCH", "a mark of ours")
+    environment.setenv("VLLM_HOST_IP", "10.0.0.1")  # each node has its own
+    assert errors(job(*given, f"{forwarded}.LMCACHE_CHUNK_SIZE='256'")) == []
     environment.setenv("RAY_ADDRESS", "local")
     assert errors(job()) == []
 
@@ -333,11 +336,14 @@ def test_flash_attention_is_wanted_but_not_installed(job, environment):
     sdpa = _composed(job, "cuda", "trainer.total_epochs=1")
     assert list(packages.attention(sdpa)) == []
     assert sdpa.facts["attention"].startswith("sdpa, flash-attn is not installed")
-    for override in ("actor_rollout_ref.model.use_remove_padding=true", "~critic.model.override_config"):
-        (line,) = packages.attention(_composed(job, "cuda", override))
+    flash = "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"
+    critics = "~critic.model.override_config"
+    for overrides in ([flash], [critics, "algorithm.adv_estimator=gae"]):
+        (line,) = packages.attention(_composed(job, "cuda", *overrides))
         assert line.endswith("add +attention=sdpa, or pip install flash-attn --no-build-isolation")
+    assert list(packages.attention(_composed(job, "cuda", critics))) == []  # GRPO has no critic
     environment.setattr(packages, "has_flash_attention", lambda: True)
-    assert list(packages.attention(_composed(job, "cuda", "~critic.model.override_config"))) == []
+    assert list(packages.attention(_composed(job, "cuda", flash))) == []
 
 
 def test_bucket_is_too_small_for_the_embedding(job):

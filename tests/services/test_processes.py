@@ -108,6 +108,15 @@ def test_exit_code_is_trainings_whatever_becomes_of_the_report(launch, training,
     assert "Traceback" not in err
 
 
+def test_folder_of_the_run_cannot_be_made(launch, tmp_path):
+    (tmp_path / "run").touch()
+    launcher = launch("print('trained')", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, out) == (2, "")
+    assert err.startswith(f"kvshare: cannot write to {tmp_path}/run (")
+    assert err.count("\n") == 1
+
+
 def test_nothing_is_trained_when_preflight_fails(launch):
     launcher = launch("print('trained')", preflight=2, stdout=subprocess.PIPE)
     out, _ = launcher.communicate(timeout=60)

@@ -56,17 +56,21 @@ def attention(job: Job) -> Iterator[str]:
     if job.device != "cuda":
         return
     from omegaconf import OmegaConf
+    from verl.trainer.ppo.utils import need_critic
 
     found = has_flash_attention()
-    for part in (job.config.actor_rollout_ref.model, job.config.critic.model):
+    models = [job.config.actor_rollout_ref.model]
+    if need_critic(job.config):
+        models.append(job.config.critic.model)
+    for part in models:
         wanted = OmegaConf.select(part, "override_config.attn_implementation", default="flash_attention_2")
         job.facts["attention"] = (
             wanted if found else f"{wanted}, flash-attn is not installed (config/attention/sdpa.yaml)"
         )
-        if not found and (wanted.startswith("flash_attention") or part.use_remove_padding):
+        if not found and wanted.startswith("flash_attention"):
             yield (
-                f"flash-attn is not installed, but the recipe has attention {wanted} and use_remove_padding "
-                f"{part.use_remove_padding}: add +attention=sdpa, or pip install flash-attn --no-build-isolation"
+                f"flash-attn is not installed, but the recipe asks for {wanted}: add +attention=sdpa, or "
+                "pip install flash-attn --no-build-isolation"
             )
             return
 

@@ -111,9 +111,8 @@ class Endpoint:
 @asynccontextmanager
 async def endpoints(urls: Sequence[str]) -> AsyncIterator[list[Endpoint]]:
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(
-        timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
-    ) as session:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # uvicorn closes a connection after 5 idle seconds
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         yield [Endpoint(session, url) for url in urls]
 
 
