@@ -6,6 +6,7 @@ import time
 
 import pytest
 from conftest import CHUNK
+from waiting import until
 
 from kvshare.core import policy
 from kvshare.record import summary
@@ -107,10 +108,10 @@ def test_local_tier_is_given_back(replicas, prompts, backend):
     engine = replicas[0].engine
     for prompt in prompts:
         engine.ask(prompt)
-    engine.wait_until(lambda: engine.local_tier() >= len(prompts) * HITS * BYTES)
+    until(lambda: engine.local_tier() >= len(prompts) * HITS * BYTES)
     assert engine.reset()
     engine.ask(prompts[0])
-    engine.wait_until(lambda: engine.local_tier() == HITS * BYTES)
+    until(lambda: engine.local_tier() == HITS * BYTES)
 
 
 def test_fifty_updates(replicas, prompts, record_property):
