@@ -90,6 +90,7 @@ def test_unstamped_requests_never_cross_a_reset(engines, prompt):
     assert first.hits(start) == WHOLE
 
 
+@pytest.mark.slow  # it starts an engine of its own
 def test_staleness_is_measured(engines, start_engine, prompt, tmp_path):
     """0 with the policy in the keys; not 0 when it is taken out of them: the count can see it."""
     plain = start_engine(0, "plain", PYTHONPATH=plugin_path(tmp_path)).wait()

@@ -88,16 +88,15 @@ def test_request_under_way_across_a_reset(replicas, prompts):
     engine.ask(known)
     assert engine.ask(known).cached >= HITS
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(engine.ask(running, tokens=500)))
+    thread = threading.Thread(target=lambda: answers.append(engine.ask(running, tokens=1000)))
     thread.start()
-    while not engine.metric("vllm:num_requests_running"):
-        assert thread.is_alive()
+    until(lambda: engine.metric("vllm:num_requests_running"))
     assert engine.reset()
     assert thread.is_alive()
     assert engine.ask(known).cached == 0
     assert engine.ask(known).cached >= HITS
     thread.join()
-    assert len(answers[0].tokens) == 500
+    assert len(answers[0].tokens) == 1000
     assert engine.ask(running).cached == 0
     assert engine.ask(running).cached >= HITS
 
