@@ -26,6 +26,7 @@ LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))
 
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared
 settings.load_profile("noisy")
+health.TIMEOUT = 60
 os.environ.update(QUIET, LMCACHE_LOG_LEVEL="WARNING")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # scripts find this Python
 

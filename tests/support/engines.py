@@ -78,7 +78,7 @@ class Engine:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
             "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
-            "LMCACHE_BLOCKING_TIMEOUT_SECS": "3",  # what a busy machine may take for a lookup
+            "LMCACHE_BLOCKING_TIMEOUT_SECS": os.environ.get("LMCACHE_BLOCKING_TIMEOUT_SECS", "3"),
             "LMCACHE_LOG_LEVEL": "INFO",
             "LMCACHE_INTERNAL_API_SERVER_ENABLED": "true",
             "LMCACHE_INTERNAL_API_SERVER_PORT_START": str(internal),
