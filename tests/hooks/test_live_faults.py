@@ -6,6 +6,7 @@ import time
 import pytest
 from backend import BACKENDS
 from conftest import CHUNK
+from waiting import until
 
 from kvshare.core import policy
 
@@ -48,7 +49,7 @@ def shares(engines):
 def test_fault(engines, weights, fault):
     name, begin, end = fault
     first, second = engines
-    engines[1].wait_until(lambda: shares(engines))
+    until(lambda: shares(engines))
     stamp, known, new = policy.private_policy(), [prompt() for _ in range(3)], [prompt() for _ in range(3)]
     usual = max(_seconds(first, text, stamp, weights) for text in known)
     start = len(second.events)
@@ -58,11 +59,10 @@ def test_fault(engines, weights, fault):
     loaded = second.hits(start)
     end()
     healed = time.monotonic()
-    second.wait_until(lambda: shares(engines))
+    until(lambda: shares(engines))
     resumed = time.monotonic() - healed
     print(f"\n{name}: slowest {worst - usual:+.2f} s, {loaded} tokens loaded, shares {resumed:.1f} s later")
     assert loaded == (3 * HITS if name == "slow" else 0)
-    assert "500 Internal Server Error" not in second.log.read_text()
 
 
 def _seconds(engine, text, stamp, weights):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 from conftest import CHUNK
+from waiting import until
 
 from kvshare.core import policy
 from kvshare.record import summary
@@ -87,16 +88,15 @@ def test_request_under_way_across_a_reset(replicas, prompts):
     engine.ask(known)
     assert engine.ask(known).cached >= HITS
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(engine.ask(running, tokens=500)))
+    thread = threading.Thread(target=lambda: answers.append(engine.ask(running, tokens=1000)))
     thread.start()
-    while not engine.metric("vllm:num_requests_running"):
-        assert thread.is_alive()
+    until(lambda: engine.metric("vllm:num_requests_running"))
     assert engine.reset()
     assert thread.is_alive()
     assert engine.ask(known).cached == 0
     assert engine.ask(known).cached >= HITS
     thread.join()
-    assert len(answers[0].tokens) == 500
+    assert len(answers[0].tokens) == 1000
     assert engine.ask(running).cached == 0
     assert engine.ask(running).cached >= HITS
 
@@ -107,10 +107,10 @@ def test_local_tier_is_given_back(replicas, prompts, backend):
     engine = replicas[0].engine
     for prompt in prompts:
         engine.ask(prompt)
-    engine.wait_until(lambda: engine.local_tier() >= len(prompts) * HITS * BYTES)
+    until(lambda: engine.local_tier() >= len(prompts) * HITS * BYTES)
     assert engine.reset()
     engine.ask(prompts[0])
-    engine.wait_until(lambda: engine.local_tier() == HITS * BYTES)
+    until(lambda: engine.local_tier() == HITS * BYTES)
 
 
 def test_fifty_updates(replicas, prompts, record_property):

@@ -1,11 +1,12 @@
 """P2P without vLLM: what is found, that it is right, and what happens when something dies."""
 
 import itertools
-import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from peers import Controller, Peer
+from waiting import until
 
 WHOLE = 512  # tokens, two chunks
 numbers = itertools.count()
@@ -31,17 +32,21 @@ def peers(start):
 
 
 def loads(writer, reader):
-    """The controller is told a moment after a store."""
+    """What the reader loads, as soon as it finds something: the controller hears of a store a moment later."""
     number = next(numbers)
     writer.store(number)
-    time.sleep(0.2)
-    return reader.load(number)
+    return until(partial(reader.load, number))
 
 
 def wait_until_shared(writer, reader):
-    deadline = time.monotonic() + 60
-    while loads(writer, reader) != WHOLE:
-        assert time.monotonic() < deadline
+    """Each try stores another prompt: what is stored before the writer is registered is not found."""
+
+    def shared():
+        number = next(numbers)
+        writer.store(number)
+        return reader.load(number) == WHOLE
+
+    until(shared)
 
 
 def test_all_is_found_and_right(peers):
@@ -56,9 +61,9 @@ def test_all_at_once(peers):
     with ThreadPoolExecutor(3) as pool:
         for shift in (1, 2):
             known = [next(numbers) for _ in peers]
-            for peer, number in zip(peers, known, strict=True):
+            for at, (peer, number) in enumerate(zip(peers, known, strict=True)):
                 peer.store(number)
-            time.sleep(0.2)
+                wait_until_shared(peer, peers[at - shift])  # the controller hears of stores in their order
             asked = [(peers[(at + shift) % 3], number) for at, number in enumerate(known)]
             assert list(pool.map(lambda pair: pair[0].load(pair[1]), asked)) == [WHOLE] * 3
 
@@ -66,10 +71,11 @@ def test_all_at_once(peers):
 @pytest.mark.slow
 def test_controller_dies_and_returns(peers, controller):
     one, two, three = peers
-    before = next(numbers)
+    before, during = next(numbers), next(numbers)
     one.store(before)
     controller.kill()
-    assert loads(one, two) == 0
+    one.store(during)
+    assert two.load(during) == 0
     controller.start()
     for writer, reader in ((one, two), (two, three), (three, one)):
         wait_until_shared(writer, reader)
@@ -81,7 +87,7 @@ def test_peer_dies_and_returns(peers, start):
     one, two, three = peers
     known = next(numbers)
     three.store(known)
-    time.sleep(0.2)
+    wait_until_shared(three, one)  # the controller has heard of both
     three.kill()
     assert one.load(known) == 0
     assert loads(one, two) == WHOLE

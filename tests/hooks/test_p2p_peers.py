@@ -133,9 +133,11 @@ print("busy", time.process_time() - before)
 """
 IDLE = f"""{AGENT.format(thread=True)}
 waits = lambda: [int((t / "status").read_text().split("\\nvoluntary_ctxt_switches:")[1].split()[0]) for t in new]
-first = waits()
-time.sleep(1)
-print("waits", max(b - a for a, b in zip(first, waits())))
+first, began, most = waits(), time.process_time(), 0
+while most < 20 and time.process_time() < began + 5:  # one that takes a core gets there on any machine
+    time.sleep(0.1)
+    most = max(b - a for a, b in zip(first, waits()))
+print("waits", most)
 """
 
 
@@ -154,4 +156,4 @@ def test_waiting_for_a_connection_takes_no_core():
 def test_nixls_thread_waits_for_news():
     """As LMCache starts it, it never does, and takes a core."""
     done = subprocess.run([sys.executable, "-c", IDLE, "idle"], capture_output=True, text=True, check=True)
-    assert int(done.stdout.rpartition("waits")[2]) > 20
+    assert int(done.stdout.rpartition("waits")[2]) >= 20

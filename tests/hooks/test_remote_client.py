@@ -10,12 +10,13 @@ from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
+from waiting import STUCK, until
 
 from kvshare import vllm_plugin
 
 SHAPE = torch.Size([2, 4, 256, 16])  # K and V, layers, tokens, hidden
 CHUNK_BYTES = SHAPE.numel() * 4
-TIMEOUT = 1.0
+TIMEOUT = 1.0  # seconds, where the test is about it
 
 
 def key(number):
@@ -27,9 +28,10 @@ class Cache:
 
     Args:
         room: chunks that the local tier has memory for.
+        timeout: seconds for an operation on the server.
     """
 
-    def __init__(self, address, room):
+    def __init__(self, address, room, timeout):
         from lmcache.v1.storage_backend.remote_backend import RemoteBackend
 
         self.loop = asyncio.new_event_loop()
@@ -40,7 +42,7 @@ class Cache:
             max_local_cpu_size=room * CHUNK_BYTES / 2**30,
             remote_url=f"lm://{address}",
             remote_serde="naive",
-            blocking_timeout_secs=TIMEOUT,
+            blocking_timeout_secs=timeout,
         )
         metadata = LMCacheMetadata("qwen", 1, 1, 0, 0, torch.float32, (4, 2, 256, 1, 16))
         self.local = LocalCPUBackend(config, metadata, "cpu")
@@ -58,7 +60,7 @@ class Cache:
         for chunk in chunks:
             chunk.ref_count_down()
         for _ in numbers:
-            assert done.acquire(timeout=60)
+            assert done.acquire(timeout=STUCK)
 
     def get(self, numbers):
         """Whether each arrived, and right."""
@@ -88,8 +90,8 @@ def open_cache(backend):
     vllm_plugin.register()
     opened = []
 
-    def open_one(room=200):
-        opened.append(Cache(backend.address, room))
+    def open_one(room=200, timeout=STUCK):
+        opened.append(Cache(backend.address, room, timeout))
         return opened[-1]
 
     yield open_one
@@ -118,8 +120,9 @@ def test_prompt_that_does_not_fit_into_local_memory(open_cache):
 
 def test_lookup_of_a_long_prompt_is_one_operation(open_cache, backend):
     """The scheduler waits for it, with every request: not for the timeout times the number of chunks."""
-    cache, numbers = open_cache(), range(1200, 1206)
-    cache.put(numbers)
+    numbers = range(1200, 1206)
+    open_cache().put(numbers)
+    cache = open_cache(timeout=TIMEOUT)
     backend.does, backend.delay = "slow", 0.4 * TIMEOUT
     backend.asked = 0
     assert cache.found(numbers) == 0
@@ -127,9 +130,10 @@ def test_lookup_of_a_long_prompt_is_one_operation(open_cache, backend):
 
 
 def test_retry_has_no_time_of_its_own(open_cache, backend):
-    cache = open_cache()
-    cache.put([1210])
-    assert cache.found([1210]) == 1
+    writer = open_cache()
+    writer.put([1210])
+    assert writer.found([1210]) == 1
+    cache = open_cache(timeout=TIMEOUT)
     backend.does, backend.delay = "drop once", 0.7 * TIMEOUT
     assert cache.found([1210]) == 0
 
@@ -141,9 +145,7 @@ def test_closed_while_the_server_is_away(open_cache, backend):
     assert cache.found([1230]) == 0
     assert _probes()
     cache.remote.close()
-    for thread in _probes():
-        thread.join(10)
-    assert not _probes()
+    until(lambda: not _probes())
 
 
 def _probes():

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from engines import Engine
 from plain_keys import plugin_path
+from waiting import until
 
 from kvshare.core import policy
 
@@ -67,7 +68,7 @@ def test_server_is_down(pair, backend):
 
 def test_what_arrives_is_wrong_and_thrown_away(pair, backend):
     stamp = "--policy", policy.private_policy()
-    pair[1].wait_until(lambda: verify(*pair, *stamp)[0] == 0)
+    until(lambda: verify(*pair, *stamp)[0] == 0)
     backend.does = "flip"
     code, verdict, why, _ = verify(*pair, "--policy", policy.private_policy())
     backend.does = "serve"

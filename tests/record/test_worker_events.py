@@ -5,6 +5,7 @@ import json
 
 import pytest
 import zmq
+from waiting import STUCK
 
 from kvshare.record import worker_events
 
@@ -34,7 +35,7 @@ async def receive(*messages):
             socket.send(message)
         taken = []
         while not taken or taken[-1] != {"op": "ready"}:
-            taken.append(await asyncio.wait_for(receiver.receive(), 10))
+            taken.append(await asyncio.wait_for(receiver.receive(), STUCK))
     return taken[:-1]
 
 

@@ -117,7 +117,7 @@ def test_followers_go_when_the_leader_comes_to_nothing(event):
             await asyncio.sleep(5)
         await asyncio.sleep(0.01)
         assert gone(tasks) == list("abcd")
-        assert router.get_status()["gave_up"] == 0 or event == "hangs"
+        assert (router.get_status()["gave_up"] > 0) == (event == "hangs")
 
     scenario(test, hold_seconds=5)
 
@@ -237,11 +237,12 @@ def test_no_request_is_lost_and_loads_return_to_zero(storm):
             router.release_server((await task)[0], name)  # nobody waits forever: virtual time would raise
         assert not router._placed
         assert all(server.load == pytest.approx(0) for server in router._state.values())
-        assert router.get_total_inflight() >= 0
+        assert router.get_total_inflight() == 0
 
     scenario(test, servers=3, hold_seconds=7)
 
 
+@pytest.mark.slow  # time, of a core that nobody else uses
 def test_a_decision_costs_less_than_a_millisecond():
     """Of one core, at 64 replicas and 10,000 requests in flight, prompts of 4,096 tokens."""
 

@@ -23,6 +23,7 @@ from lmcache.utils import CacheEngineKey
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, ServerMetaMessage, ServerReturnCode
 from lmcache.v1.storage_backend.connector.lm_connector import LMCServerConnector
+from waiting import STUCK, until
 
 from kvshare.core import ports
 from kvshare.services import health, lm_server
@@ -54,19 +55,18 @@ class Server:
         self.command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self.port)]
         self.command += ["--memory", str(limit / 2**30), "--status", str(self.status_file), *options]
         self.process = processes.start(self.command, self.log)
-        for _ in range(600):
-            if f":{self.port}" in self.log.read_text() or self.process.poll() is not None:
-                break
-            time.sleep(0.05)
-        assert self.process.poll() is None, self.log.read_text()
+        self.wait_for_log(f":{self.port}")
         self.base = self.rss()
 
     def rss(self) -> int:
         return psutil.Process(self.process.pid).memory_info().rss
 
     def status(self) -> dict:
-        time.sleep(1.6)  # it is written once a second
+        """As of at most a second ago."""
         return json.loads(self.status_file.read_text())
+
+    def wait_for_log(self, text: str) -> None:
+        until(lambda: text in self.log.read_text(), self.process, self.log)
 
     def client(self) -> "Client":
         return Client(self.port)
@@ -85,7 +85,7 @@ class Server:
 
 class Client:
     def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=STUCK)
         self.close = self.socket.close
 
     def send(self, data: bytes) -> None:
@@ -249,8 +249,10 @@ MALFORMED = {
 }
 
 
-def _throw(port: int, stream: bytes, how: str) -> None:
+def _throw(port: int, stream: bytes, how: str) -> str:
+    """Returns the client's address, as the server logs it."""
     client = Client(port)
+    address = "{}:{}".format(*client.socket.getsockname())
     with suppress(OSError):  # it may close the connection before all is sent
         client.send(stream)
         if how == "half-closed":
@@ -260,6 +262,7 @@ def _throw(port: int, stream: bytes, how: str) -> None:
     if how == "reset":
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
+    return address
 
 
 @pytest.mark.parametrize("how", ["closed", "half-closed", "reset"])
@@ -279,15 +282,13 @@ def test_any_stream(running, good, bad):
     running.check()
 
 
-def test_a_malformed_stream_is_one_line_in_the_log(running):
-    before = running.log.read_text()
-    client = running.client()
+def test_a_malformed_stream_is_one_line_in_the_log(small):
+    before = small.log.read_text()
+    client = small.client()
     client.send(bytes(10_000))
-    assert client.closed_by_server()
-    time.sleep(0.2)
-    lines = running.log.read_text().removeprefix(before).splitlines()
-    assert len(lines) == 1
-    assert "does not speak LMCache's protocol" in lines[0]
+    assert client.closed_by_server()  # it logs before it closes
+    (line,) = small.log.read_text().removeprefix(before).splitlines()
+    assert "does not speak LMCache's protocol" in line
 
 
 @pytest.mark.parametrize("how", ["closed", "half-closed", "reset"])
@@ -295,8 +296,7 @@ def test_client_that_dies_in_a_put_stores_nothing(running, client, how):
     client.send(_put(20, b"old"))
     assert client.get(20) == b"old"
     for number in (20, 21):
-        _throw(running.port, _put(number, bytes(5 * MB), length=6 * MB), how)
-    time.sleep(0.2)
+        running.wait_for_log(_throw(running.port, _put(number, bytes(5 * MB), length=6 * MB), how))
     assert client.get(20) == b"old"
     assert not client.exists(21)
     assert client.get(21) is None
@@ -309,7 +309,7 @@ def test_too_large_is_refused_and_the_connection_goes_on(small):
         assert not client.exists(2)
         assert client.get(1) == b"kept"
     assert small.rss() < small.base + 5 * MB
-    assert small.status()["refused"] == 1
+    until(lambda: small.status()["refused"] == 1)
 
 
 def test_a_length_alone_costs_no_memory_and_evicts_nothing(running, client):
@@ -320,7 +320,7 @@ def test_a_length_alone_costs_no_memory_and_evicts_nothing(running, client):
         for number in range(200):
             half_open = stack.enter_context(closing(running.client()))
             half_open.send(_put(1000 + number, b"x", length=LIMIT // 2))
-        time.sleep(0.5)
+        until(lambda: psutil.Process(running.process.pid).num_threads() > 200)  # one for each
         assert running.rss() < before + 15 * MB
         assert client.exists(30)
         running.check()
@@ -334,9 +334,8 @@ def test_slow_readers_do_not_hold_more_than_the_bound(small):
             writer.send(_put(number, bytes(6 * MB)))
             if writer.exists(number):
                 stack.enter_context(closing(small.client())).send(_request(ClientCommand.GET, number))
-                time.sleep(0.02)
         assert small.rss() < small.base + 20 * MB * 1.2
-    time.sleep(0.5)
+    until(lambda: psutil.Process(small.process.pid).num_threads() == 1)  # nobody holds an entry any longer
     small.check()
 
 
@@ -347,8 +346,7 @@ def test_many_clients_come_and_go(running):
             clients = [stack.enter_context(closing(running.client())) for _ in range(300)]
             for client in clients:
                 client.exists(1)
-    time.sleep(0.5)
-    assert psutil.Process(running.process.pid).num_threads() < 20
+    until(lambda: psutil.Process(running.process.pid).num_threads() < 20)
     assert running.rss() < before + 15 * MB
     running.check()
 
@@ -358,10 +356,8 @@ def test_more_clients_than_open_files(small):
     with ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(closing(small.client()))
-        time.sleep(1)
         busy = psutil.Process(small.process.pid).cpu_percent(1)
-        assert busy < 50, "it spins"
-    time.sleep(0.5)
+        assert busy < 20, "it spins"
     small.check()
 
 
@@ -373,7 +369,7 @@ def test_memory_stays_within_the_bound(processes, tmp_path):
     bounded = Server(processes, tmp_path)
     sizes = [64 << 10, 100_001, 512 << 10, 512 << 10, 1 * MB, 3 * MB]
     data = os.urandom(max(sizes))
-    peak, missing = 0, []
+    peak, wrong = 0, []
 
     def churn(first: int) -> None:
         pick = random.Random(first)
@@ -381,8 +377,8 @@ def test_memory_stays_within_the_bound(processes, tmp_path):
             for number in range(first, first + 550):
                 size = pick.choice(sizes)
                 client.send(_put(number, data[:size]))
-                if number % 10 == 0 and client.get(number) != data[:size]:
-                    missing.append(number)
+                if number % 10 == 0 and client.get(number) not in (data[:size], None):  # others may have evicted it
+                    wrong.append(number)
 
     threads = [threading.Thread(target=churn, args=(10_000 * n,)) for n in range(4)]
     for thread in threads:
@@ -390,15 +386,15 @@ def test_memory_stays_within_the_bound(processes, tmp_path):
     while any(thread.is_alive() for thread in threads):
         peak = max(peak, bounded.rss())
         time.sleep(0.02)
+    until(lambda: bounded.status()["evicted"] + bounded.status()["entries"] == 2200)
     status = bounded.status()
     assert peak < bounded.base + LIMIT * 1.05
-    assert missing == []
+    assert wrong == []
     assert status["bytes"] <= status["limit"]
-    assert status["evicted"] + status["entries"] == 2200
     assert status["evicted_bytes"] > 2 * LIMIT
     with closing(bounded.client()) as client:
-        assert all(client.exists(10_000 * n + 549) for n in range(4))
         assert not any(client.exists(10_000 * n) for n in range(4))
+    bounded.check()
 
 
 def test_what_is_asked_for_stays(small):
@@ -414,15 +410,13 @@ def test_what_is_asked_for_stays(small):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_it_at_once(small, number):
+def test_signal_ends_it(small, number):
     with closing(small.client()) as idle, closing(small.client()) as half:
         idle.send(_put(2, b"data"))
         assert idle.exists(2)
         half.send(_put(1, bytes(MB), length=2 * MB))
-        before = time.monotonic()
         small.process.send_signal(number)
-        assert small.process.wait(10) == 0
-        assert time.monotonic() - before < 2
+        assert small.process.wait(STUCK) == 0  # while its clients stay connected
     assert "Traceback" not in small.log.read_text()
     assert small.log.read_text().splitlines()[-1].startswith("kvshare server: ended, ")
     assert json.loads(small.status_file.read_text())["entries"] == 1
@@ -439,7 +433,7 @@ def test_starts_again_on_the_same_port_at_once(processes, tmp_path, small):
 
 def _start(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "kvshare", "server", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=STUCK)
 
 
 BAD = {
@@ -477,10 +471,9 @@ def test_taken_port(running):
 def test_warns_when_others_can_reach_it(processes, tmp_path, host, lines):
     command = [sys.executable, "-m", "kvshare", "server", host, str(ports.free_port()), "--memory", "0.1"]
     process = processes.start(command, tmp_path / "log")
-    while len((tmp_path / "log").read_text().splitlines()) < lines and process.poll() is None:
-        time.sleep(0.05)
+    until(lambda: len((tmp_path / "log").read_text().splitlines()) == lines, process)
     process.terminate()
-    assert process.wait(10) == 0
+    assert process.wait(STUCK) == 0
     text = (tmp_path / "log").read_text()
     assert ("warning" in text) == (lines == 2)
     assert len(text.splitlines()) == lines + 1

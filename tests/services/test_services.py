@@ -11,6 +11,7 @@ import sys
 import psutil
 import pytest
 import zmq
+from waiting import until
 
 from kvshare.core import ports
 from kvshare.core.errors import UserError
@@ -69,8 +70,7 @@ def test_after_a_crash_of_up_down_ends_it(folder):
         [sys.executable, "-m", "kvshare", "services", "up", "--backend", "p2p", "--folder", str(folder)],
         stdout=subprocess.DEVNULL,
     ) as starting:
-        while not (folder / "p2p.json").is_file() or not (folder / "p2p.json").read_text().endswith("}\n"):
-            assert starting.poll() is None
+        until(lambda: (folder / "p2p.json").is_file() and (folder / "p2p.json").read_text().endswith("}\n"), starting)
         starting.kill()
     (left,) = marked(background.MARK, background.read("p2p", folder).mark)
     assert command("down", "--backend", "p2p", "--folder", folder).returncode == 0

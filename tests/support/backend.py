@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+from waiting import until
+
 from kvshare.core import ports
 from kvshare.core.errors import UserError
 from kvshare.hooks.lmcache.remote_client import CHECKSUM
@@ -52,12 +54,13 @@ class Backend:
 
     def start(self) -> None:
         self.process = self._processes.start(self._command(), self._log)
-        while True:
-            assert self.process.poll() is None, self._log.read_text()
-            with contextlib.suppress(UserError):
-                self.check()
-                return
-            time.sleep(0.2)
+        until(self._healthy, self.process, self._log)
+
+    def _healthy(self) -> bool:
+        with contextlib.suppress(UserError):
+            self.check()
+            return True
+        return False
 
     def kill(self) -> None:
         self._processes.kill(self.process)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import zmq
+from waiting import until
 
 from kvshare.core import policy, ports
 from kvshare.record import worker_events
 from kvshare.services.processes import Processes
 from kvshare.tools import vllm_http
+
+SUPPORT = Path(__file__).parent
 
 
 @dataclass
@@ -25,7 +30,6 @@ class Answer:
     tokens: list[str]
     logprobs: list[float]
     cached: int  # prompt tokens vLLM did not compute: its own prefix cache's and the connector's
-    seconds: float
 
 
 class Engine:
@@ -51,6 +55,7 @@ class Engine:
         connector: str | None = "LMCacheConnectorV1",
     ) -> None:
         self.events: list[dict[str, Any]] = []
+        self._marks: set[str] = set()
         self._rank = rank
         address = f"ipc://{log}.events" if inside else f"ipc://@kvshare-test-{uuid4().hex}"  # @ is of one namespace
         threading.Thread(target=self._listen, args=(address,), daemon=True).start()
@@ -61,6 +66,8 @@ class Engine:
         command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
         command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
+        command += ["--enable-server-load-tracking"]
+        command += ["--worker-extension-cls", "worker.Marks"]
         if connector:
             transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
             command += ["--kv-transfer-config", json.dumps(transfer)]
@@ -71,24 +78,28 @@ class Engine:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
             "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.2",
-            "LMCACHE_BLOCKING_TIMEOUT_SECS": "1",
+            "LMCACHE_BLOCKING_TIMEOUT_SECS": os.environ.get("LMCACHE_BLOCKING_TIMEOUT_SECS", "3"),
             "LMCACHE_LOG_LEVEL": "INFO",
             "LMCACHE_INTERNAL_API_SERVER_ENABLED": "true",
             "LMCACHE_INTERNAL_API_SERVER_PORT_START": str(internal),
             worker_events.ADDRESS: address,
         }
+        paths = str(SUPPORT), environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")
+        path = os.pathsep.join(filter(None, paths))
         self._processes = processes
-        self._process = processes.start(command, log, {**settings, **environment})
+        self._process = processes.start(command, log, {**settings, **environment, "PYTHONPATH": path})
 
     def wait(self) -> Engine:
         """Until it is healthy; fails at once, with the log's end, when it has died."""
-        while True:
-            try:
-                vllm_http.get(f"{self.url}/health")
-                return self
-            except OSError:
-                assert self._process.poll() is None, self.log.read_text()[-3000:]
-                time.sleep(0.5)
+        until(self._healthy, self._process, self.log)
+        return self
+
+    def _healthy(self) -> bool:
+        try:
+            vllm_http.get(f"{self.url}/health")
+        except OSError:
+            return False
+        return True
 
     def ready(self) -> bool:
         """Whether LMCache is, in its worker."""
@@ -100,16 +111,14 @@ class Engine:
         stamp: str | None = None,
         tokens: int = 8,
         stamped: float | None = None,
-        stores: int = 0,
         **more: Any,
     ) -> Answer:
-        """Returns when the prompt's KV has been stored, if it will be.
+        """Returns when all events of the request are in ``events``, and its stores have ended.
 
         Args:
             prompt: token ids.
             stamp: policy id, given to LMCache and vLLM as the rollout server does it.
             stamped: Unix time at which it was; now.
-            stores: that there must be, however late a busy machine reports them.
             more: of the request's body.
         """
         request = uuid4().hex
@@ -119,24 +128,43 @@ class Engine:
         if stamp:
             params[policy.TAG] = body["cache_salt"] = stamp
             params[policy.STAMPED_AT] = stamped or time.time()
-        began = time.monotonic()
         answer = self._post("/v1/completions", {**body, **more, "kv_transfer_params": params})
-        seconds = time.monotonic() - began
-        self._settle(request, stores)
+        self.settle(lambda event: event.get("request") == request)
         logprobs = answer["choices"][0]["logprobs"]
         details = answer["usage"].get("prompt_tokens_details") or {}
-        return Answer(logprobs["tokens"], logprobs["token_logprobs"], details.get("cached_tokens") or 0, seconds)
+        return Answer(logprobs["tokens"], logprobs["token_logprobs"], details.get("cached_tokens") or 0)
+
+    def ask_together(self, count: int, *args: Any) -> list[Answer]:
+        """Send the same request ``count`` times; none is scheduled before all have come."""
+        self._post("/pause?mode=keep&clear_cache=false", {})
+        with ThreadPoolExecutor(count) as pool:
+            asked = [pool.submit(self.ask, *args) for _ in range(count)]
+            until(lambda: json.loads(vllm_http.get(f"{self.url}/load"))["server_load"] == count, self._process)
+            self._post("/resume", {})
+        return [one.result() for one in asked]
 
     def hits(self, since: int) -> int:
         """Tokens loaded since ``since = len(engine.events)``."""
         return sum(sum(e["tokens"]) for e in self.events[since:] if e["op"] == "load")
+
+    def settle(self, mine: Callable[[dict], bool] = lambda event: True) -> None:
+        """Wait for all events that the worker has sent, and for the end of all stores, or of some."""
+        name = uuid4().hex
+        self._rpc("send_mark", name=name)
+        until(lambda: name in self._marks, self._process)
+
+        def ended() -> bool:
+            operations = [event["op"] for event in list(self.events) if mine(event)]
+            return operations.count("store") == operations.count("stored")
+
+        until(ended, self._process)
 
     def reset(self, connector: bool = True) -> bool:
         return self._post(f"/reset_prefix_cache?reset_external={str(connector).lower()}", {})["success"]
 
     def load(self, weights: Path) -> None:
         """Replace the weights of the live engine."""
-        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}})
+        self._rpc("reload_weights", weights_path=str(weights))
 
     def metric(self, name: str) -> float:
         """Of vLLM."""
@@ -146,31 +174,22 @@ class Engine:
         """Bytes in LMCache's local CPU tier."""
         return vllm_http.metrics(vllm_http.get(f"{self._worker}/metrics")).get("lmcache:local_cache_usage", 0)
 
-    def wait_until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
-        while not done():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
     def kill(self) -> None:
         self._processes.kill(self._process)
-
-    def _settle(self, request: str, stores: int) -> None:
-        """Wait until each "store" of the request has its "stored"."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            time.sleep(0.1)  # events come a little later than the answer
-            mine = [e["op"] for e in self.events if e.get("request") == request]
-            if mine.count("store") == mine.count("stored") >= stores:
-                return
-        raise AssertionError(f"KV of request {request} was never stored")
 
     def _listen(self, address: str) -> None:
         socket = zmq.Context.instance().socket(zmq.PULL)
         socket.bind(address)
         while True:
             event = json.loads(socket.recv())
+            if event["op"] == "mark":
+                self._marks.add(event["name"])
+                continue
             self.events.append({**event, "time": time.time(), "replica": self._rank})
+
+    def _rpc(self, method: str, **kwargs: str) -> None:
+        """Call a method of the worker, after all that it was asked before."""
+        self._post("/collective_rpc", {"method": method, "kwargs": kwargs})
 
     def _post(self, path: str, body: dict) -> Any:
         return vllm_http.post(self.url + path, body)

@@ -1,15 +1,17 @@
 """`kvshare bench`, on the session's two engines and on made-up samples."""
 
+import asyncio
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import CHUNK, ROOT
 from typer.testing import CliRunner
 
 from kvshare.cli.main import app
 from kvshare.core.errors import UserError
-from kvshare.tools.bench import engines, run, tables
+from kvshare.tools.bench import endpoint, engines, grpo, run, tables
 from kvshare.tools.bench.asked import Asked
+from kvshare.tools.bench.engines import Engines
 
 
 def row(first, shared=0, **more):
@@ -92,17 +94,58 @@ def test_nobody_there():
         run.of_urls(["http://127.0.0.1:9", "http://127.0.0.1:9"], None, Asked([(256, 1)], 0, 1, 1, 0))
 
 
-def test_two_engines(engines):
+@pytest.fixture
+def settled(engines, monkeypatch):
+    """Each measurement ends when both engines have stored what they computed, not after some seconds."""
+
+    async def sample(*args):
+        got = await endpoint.sample(*args)
+        for engine in engines:
+            await asyncio.to_thread(engine.settle)
+        return got
+
+    for module in (run, grpo):
+        monkeypatch.setattr(module, "sample", sample)
+
+
+def test_two_engines(engines, settled):
     """What is counted adds up, a shared hit is all of the whole chunks, and the answers are those of the miss."""
     urls = [engine.url for engine in engines]
-    result = run.of_urls(urls, None, Asked([(1024, 2)], n=2, answer=2, repeat=1, settle=5))
+    result = run.of_urls(urls, None, Asked([(1024, 2)], n=0, answer=2, repeat=1, settle=0))
     found = {row["case"]: row["samples"][0] for row in result["cases"]}
     assert {case: sample["prompt"] for case, sample in found.items()} == {"miss": 2050, "shared": 2050, "local": 2050}
     assert (found["miss"]["shared"], found["shared"]["shared"], found["local"]["local"]) == (0, 2048, 2048)
     assert max(sample["logprob_difference"] for sample in found.values()) < 1e-5
-    assert [row["routing"] for row in result["patterns"]] == ["verl", "affinity", "kvshare"]
-    for row in result["patterns"]:
-        assert row["samples"][0]["prompt"] == 2050
-        # Who computes and who loads depends on who is faster; one of the two samples always computes.
-        assert 1026 <= row["samples"][0]["computed"] <= 2050
     assert json.loads(json.dumps(result))["kv_bytes_a_token"]
+
+
+class Events:
+    """What an engine sends from now on, as from a receiver of its own."""
+
+    def __init__(self, engine):
+        self._events, self._read = engine.events, len(engine.events)
+
+    async def receive(self):
+        while self._read == len(self._events):
+            await asyncio.sleep(0.01)
+        self._read += 1
+        return self._events[self._read - 1]
+
+
+def test_two_samples_of_a_prompt_compute_it_once(engines, settled):
+    """On one engine, and with the router, which holds the second until the first is stored: whoever is faster."""
+    urls, asked = [engine.url for engine in engines], Asked([(1024, 1)], n=2, answer=2, repeat=1, settle=0)
+
+    async def measure():
+        async with endpoint.endpoints(urls) as found:
+            for one in found:
+                await one.connect()
+            return await grpo.patterns(found, Engines(urls, None, list(map(Events, engines)), CHUNK), asked)
+
+    samples = {row["routing"]: row["samples"] for row in asyncio.run(measure())}
+    assert {name: [sample["prompt"] for sample in found] for name, found in samples.items()} == {
+        "verl": [2050],
+        "affinity": [2050],
+        "kvshare": [2050],
+    }
+    assert [samples[name][0]["computed"] for name in ("affinity", "kvshare")] == [1026, 1026]

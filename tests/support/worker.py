@@ -1,0 +1,9 @@
+"""What tests add to vLLM's worker (``--worker-extension-cls``)."""
+
+from kvshare.record import worker_events
+
+
+class Marks:
+    def send_mark(self, name: str) -> None:
+        """Send an event that follows all events which the worker has sent so far."""
+        worker_events.sender().send({"op": "mark", "name": name})
