@@ -12,7 +12,8 @@ from kvshare.core import policy
 from kvshare.hooks.verl import rollout_server
 from kvshare.hooks.verl.rollout_server import KVShareReplica, KVShareServer, _salted, _server_class, _tag
 from kvshare.record import worker_events
-from kvshare.record.event_log import EventLog, Reader
+from kvshare.record.event_log import EventLog
+from kvshare.record.event_reader import Reader
 from kvshare.routing.cost_model import Rates
 from kvshare.routing.prefixes import StoredPrefixes
 
@@ -91,7 +92,8 @@ def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypa
 
     asyncio.run(scenario())
     assert "it shares KV from here on" in errors[1]
-    assert [event["op"] for event in Reader(tmp_path).read()] == ["degraded", "ready"]
+    server._event_log.close()
+    assert [type(event).__name__ for event in Reader(tmp_path).read()] == ["Degraded", "Ready"]
 
 
 class _Engine:

@@ -1,0 +1,35 @@
+"""Keeps a fault that comes with each request from filling the log."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+EVERY = 60.0  # seconds
+
+
+class LimitedLogger(logging.LoggerAdapter):
+    """Logs a message at once, then at most once a minute, with the number of times it was left out.
+
+    Messages are told apart by their text before ``%`` formatting. Use it for what an entry, an event or a request can
+    repeat, and the plain logger for a change of state, whose last line must not be missing.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logger, {})
+        self._lock = threading.Lock()
+        self._logged: dict[str, tuple[float, int]] = {}  # when, and how often it was left out since
+
+    def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
+        with self._lock:
+            now = time.monotonic()
+            at, left_out = self._logged.get(msg, (now - EVERY, 0))
+            if now < at + EVERY:
+                self._logged[msg] = at, left_out + 1
+                return
+            self._logged[msg] = now, 0
+        if left_out:
+            msg, args = f"{msg} (and %d times since this was last logged)", (*args, left_out)
+        super().log(level, msg, *args, **{"stacklevel": 2, **kwargs})
