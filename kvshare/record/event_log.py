@@ -50,7 +50,7 @@ def _number(part: Path) -> int:
 
 
 class EventLog:
-    """Appends to the event log in ``folder``. Never blocks and never raises. Without a folder, it does nothing.
+    """Appends to the event log in ``folder``. Never waits for the disk. Without a folder, it does nothing.
 
     Args:
         replica: rank of the replica, or "router", or "trainer".

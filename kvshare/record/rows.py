@@ -11,7 +11,8 @@ import msgspec
 
 from kvshare.core.policy import is_private
 from kvshare.record.events import Event, Step
-from kvshare.record.token_sources import Count, Hits, Sharing
+from kvshare.record.stored import Hits
+from kvshare.record.token_sources import Count, Sharing
 
 STEP = "training/global_step"  # all of verl's trainers log it once a step; a validation lacks it
 PEARSON = "training/rollout_actor_probs_pearson_corr"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from kvshare.record.events import Degraded, Event, Lost, OfReplica, Ready, Routing, Step, Store
+from kvshare.record.events import Degraded, Event, Lost, OfReplica, Ready, Request, Routing, Step, Store
 from kvshare.record.rows import Logged, PolicyRows, StepRows, over
-from kvshare.record.token_sources import Counts, Stored, faster, with_hits
+from kvshare.record.stored import Stored
+from kvshare.record.token_sources import Counts, with_hits
 
 ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
 
@@ -27,7 +28,7 @@ def summarize(
         baseline: like ``steps``, of a run without a connector; its mismatch is the noise floor.
             Without one the run's own first step is: there was no older policy to be stale of.
     """
-    seen = Seen()
+    seen = Seen(Stored())
     for event in events:
         seen.add(event)
     total, rows, policies = Counts(), StepRows(steps, seen.ends), PolicyRows()
@@ -71,9 +72,9 @@ def summarize(
 class Seen:
     """What must be known of all events before their tokens can be counted."""
 
-    def __init__(self) -> None:
-        self.stored = Stored()
-        self.prefill: float | None = None
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+        self.prefill: float | None = None  # the fastest, in tokens per second
         self.replicas: set[int] = set()
         self.up: dict[int, Event] = {}  # the last Ready or Degraded of each replica
         self.degraded: set[int] = set()
@@ -86,6 +87,8 @@ class Seen:
             self.replicas.add(event.replica)
         if isinstance(event, Store):
             self.stored.add(event)
+        elif isinstance(event, Request):
+            self.prefill = max(filter(None, (self.prefill, event.prefill)), default=None)
         elif isinstance(event, Ready | Degraded):
             self.up[event.replica] = event
             self.degraded |= {event.replica} if isinstance(event, Degraded) else set()
@@ -95,7 +98,6 @@ class Seen:
             self.lost += event.events
         elif isinstance(event, Routing):
             self.routing = {name: getattr(event, name) for name in ROUTING}
-        self.prefill = faster(self.prefill, event)
 
 
 def against_forecast(report: dict[str, Any]) -> dict[str, tuple[float, float | None]]:

@@ -10,12 +10,14 @@ def test_one_line_a_minute_with_the_number_left_out(caplog, monkeypatch):
     limited = LimitedLogger(logging.getLogger("kvshare.test"))
     for number in range(1000):
         limited.error("entry %d is bad", number)
-    limited.error("another fault")
+    limited.error("%s is slow", "one server")
+    limited.error("%s is slow", "another")
     now += log_limit.EVERY
     limited.error("entry %d is bad", 1000)
     assert [record.getMessage() for record in caplog.records] == [
         "entry 0 is bad",
-        "another fault",
+        "one server is slow",
+        "another is slow",
         "entry 1000 is bad (and 999 times since this was last logged)",
     ]
     assert {record.filename for record in caplog.records} == {"test_log_limit.py"}

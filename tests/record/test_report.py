@@ -91,6 +91,25 @@ def test_amplification_is_per_policy():
     assert [p["prefill_amplification"] for p in result["policy"]] == [2.0, 1.0]
 
 
+def test_rows_of_many_policies_are_bounded_and_none_is_lost():
+    lines = [
+        line
+        for n in range(1000)
+        for line in (store(0, f"run-{n}", n), load(1, f"run-{n}", n), request(1, f"run-{n}", 512, 256))
+    ]
+    policies = summarize(lines, [], RUN)["policy"]
+    assert len(policies) == rows.MOST_ROWS + 1
+    assert (policies[0]["policy"], policies[-1]["policy"]) == ("earlier", "run-999")
+    assert sum(policy["shared_hit"] for policy in policies) == 1000 * 256
+    assert {policy["prefill_amplification"] for policy in policies} == {1.0}
+
+
+def test_lost_events_are_in_the_verdict():
+    result = summarize([request(0, "p", 300), {"op": "lost", "time": 0, "replica": 0, "events": 1234}], [], RUN)
+    assert "1,234 EVENTS WERE LOST: the counts are too low" in summary.verdict(result)
+    assert 'class="alarm"' in page.html(result)
+
+
 def mismatch(*steps):
     return [{"training/global_step": i, rows.PEARSON: p, rows.DIFFERENCE: d} for i, (p, d) in enumerate(steps, 1)]
 

@@ -32,8 +32,7 @@ from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks import check
 from kvshare.hooks.patch import optional, put, replace, wrap
 
-logger = logging.getLogger(__name__)
-often = LimitedLogger(logger)  # for what each entry or request may repeat
+logger = LimitedLogger(logging.getLogger(__name__))
 
 AVOID_SECONDS = 5.0
 """How long a replica that did not answer gets no requests. The controller drops a dead one after ten seconds."""
@@ -92,7 +91,7 @@ async def _progress(backend: Any, agent: Any) -> None:
         try:
             agent.get_new_notifs()  # this call drives UCX; LMCache sends no notifications
         except Exception:
-            often.exception("NIXL makes no progress: KV of other replicas is recomputed until it does")
+            logger.exception("NIXL makes no progress: KV of other replicas is recomputed until it does")
             pause = AVOID_SECONDS
         await asyncio.sleep(pause)
 
@@ -115,12 +114,10 @@ class Peers:
         self.segments: dict[str, list[tuple[int, tuple[str, str]]]] = {}  # lookup id: (chunks, (address, location))
         self.set_aside: list[Any] = []  # LMCache frees memory objects without references
         self._failed: dict[str, float] = {}
-        self._often: dict[str, LimitedLogger] = defaultdict(lambda: LimitedLogger(logger))
 
     def failed(self, address: str, error: object) -> None:
         if not self.avoids(address):
-            line = "replica at %s does not answer (%s): not asked for %s s"
-            self._often[address].error(line, address, error, AVOID_SECONDS)
+            logger.error("replica at %s does not answer (%s): not asked for %s s", address, error, AVOID_SECONDS)
         self._failed[address] = time.monotonic()
 
     def avoids(self, address: str) -> bool:
@@ -190,7 +187,7 @@ async def _get(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> list[An
                 try:
                     arrived += await wrapped(lookup_id, keys[begin : begin + count], spec)
                 except MemoryError as error:
-                    often.error("%s", error)
+                    logger.error("%s", error)
                 except Exception as error:  # raising would leave the scheduler without an answer
                     peers.failed(address, error)
             if len(arrived) < begin + count:

@@ -17,11 +17,11 @@ from kvshare.core import server_status
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.record.event_reader import Reader
-from kvshare.record.events import Lost, OfReplica, Store
 from kvshare.record.key_table import RecentKeys
 from kvshare.record.rows import STEP
-from kvshare.record.summary import not_seen, were_lost
-from kvshare.record.token_sources import SOURCES, Sharing, Stored, faster, with_hits
+from kvshare.record.stored import Stored
+from kvshare.record.summary import Seen, not_seen, were_lost
+from kvshare.record.token_sources import SOURCES, Sharing, with_hits
 
 logger = logging.getLogger(__name__)
 
@@ -63,31 +63,23 @@ class Steps:
         self._event_log = EventLog("trainer", str(folder))
         self._reader = Reader(folder)
         self._run = _read(folder / "run.json")
-        self._seen: set[int] = set()
-        self._stored = Stored(RecentKeys(REMEMBERED))
-        self._prefill: float | None = None
+        self._seen = Seen(Stored(RecentKeys(REMEMBERED)))
 
     def step(self, number: int) -> tuple[dict[str, float], str]:
         """Metrics of the events since the previous step, and the line to print. Unknown metrics are left out."""
-        events, lost = self._reader.read(), 0
+        events, sharing, seen = self._reader.read(), Sharing(), self._seen
+        lost = seen.lost
         for event in events:
-            if isinstance(event, OfReplica):
-                self._seen.add(event.replica)
-            if isinstance(event, Store):
-                self._stored.add(event)
-            elif isinstance(event, Lost):
-                lost += event.events
-            self._prefill = faster(self._prefill, event)
-        sharing = Sharing()
-        for event, hits in with_hits(events, self._stored):
+            seen.add(event)
+        for event, hits in with_hits(events, seen.stored):
             sharing.add(event, hits)
         self._event_log.write("step", step=number, server=server_status.read(self._run.get("server_status")))
         count = sharing.count()
-        ratios = {**sharing.ratios(), "time_saved_s": count.time_saved(self._prefill)}
+        ratios = {**sharing.ratios(), "time_saved_s": count.time_saved(seen.prefill)}
         metrics: dict[str, float] = {f"{name}_tokens": value for name, value in count.tokens().items()}
         metrics |= {name: value for name, value in ratios.items() if value is not None}
-        metrics |= {"replicas_seen": len(self._seen), "lost_events": lost}
-        unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in self._seen]
+        metrics |= {"replicas_seen": len(seen.replicas), "lost_events": seen.lost - lost}
+        unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in seen.replicas]
         return {f"kvshare/{name}": value for name, value in metrics.items()}, describe(number, metrics, unseen)
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from kvshare.record import events
 from kvshare.record.key_table import KeyTable, RecentKeys
-from kvshare.record.token_sources import Stored
+from kvshare.record.stored import Stored
 
 KEYS = st.integers(0, 40) | st.integers(-(2**63), 2**64 - 1)
 
