@@ -96,6 +96,14 @@ def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypa
     assert [type(event).__name__ for event in Reader(tmp_path).read()] == ["Degraded", "Ready"]
 
 
+def test_events_that_a_worker_dropped_are_in_the_record(server, tmp_path):
+    server._event_log, server._ready = EventLog(0, str(tmp_path)), asyncio.Event()
+    server._record({"op": "ready", "dropped": 3})
+    server._event_log.close()
+    lost, ready = Reader(tmp_path).read()
+    assert (lost.events, type(ready).__name__) == (3, "Ready")
+
+
 class _Engine:
     resets = 0
 

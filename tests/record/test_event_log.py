@@ -2,14 +2,9 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import threading
-import time
-
-import pytest
 
 from kvshare.record import event_log, events
 from kvshare.record.event_log import EventLog
@@ -38,6 +33,7 @@ def test_event_log_that_cannot_write_raises_nothing(tmp_path):
 
 def test_it_goes_on_in_a_new_part_and_nothing_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(event_log, "PART_BYTES", 10_000)
+    monkeypatch.setattr(event_log, "FLUSH_SECONDS", 300)
     reader, read = Reader(tmp_path), []
     for start in range(0, 3000, 300):  # a replica that is started ten times
         log = EventLog(0, str(tmp_path))
@@ -57,6 +53,7 @@ def test_it_goes_on_in_a_new_part_and_nothing_is_lost(tmp_path, monkeypatch):
 def test_a_stalled_disk_costs_events_that_are_counted(tmp_path, monkeypatch):
     """The file is a pipe that nobody reads: the thread that writes stands still, like on NFS without its server."""
     monkeypatch.setattr(event_log, "QUEUED", 100)
+    monkeypatch.setattr(event_log, "FLUSH_SECONDS", 300)
     path = tmp_path / "events-0.jsonl"
     os.mkfifo(path)
     log = EventLog(0, str(tmp_path))
@@ -72,64 +69,60 @@ def test_a_stalled_disk_costs_events_that_are_counted(tmp_path, monkeypatch):
     reading.start()
     log.close()
     log._file._close()  # the reader's end of file
-    reading.join(30)
+    reading.join()
     stored = sum(isinstance(event, events.Store) for event in received)
     lost = sum(event.events for event in received if isinstance(event, events.Lost))
     assert 100 <= stored < 10_000
     assert stored + lost == 10_000
 
 
+def run(code, folder):
+    """Run code with a ``log`` in a process of its own, which ends as Python processes do."""
+    start = f"""
+import resource, signal, time
+from kvshare.record import event_log
+log = event_log.EventLog(0, {str(folder)!r})
+"""
+    subprocess.run([sys.executable, "-c", start + code], check=True, timeout=600)
+
+
 def test_a_process_ends_although_its_record_is_stalled(tmp_path):
     os.mkfifo(tmp_path / "events-0.jsonl")
-    code = f"""
-from kvshare.record import event_log
+    code = """
 event_log.FLUSH_SECONDS = 0.5
-log = event_log.EventLog(0, {str(tmp_path)!r})
-for number in range(20_000):
+for _ in range(20_000):
     log.write("ready")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    run(code, tmp_path)
 
 
 def test_what_is_queued_is_written_at_the_end_of_the_process(tmp_path):
-    code = f"""
-from kvshare.record.event_log import EventLog
-log = EventLog(0, {str(tmp_path)!r})
-for number in range(5_000):
+    code = """
+event_log.FLUSH_SECONDS = 300
+for _ in range(5_000):
     log.write("ready")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    run(code, tmp_path)
     assert len(list(Reader(tmp_path).read())) == 5000
 
 
-@pytest.fixture
-def full_disk():
-    """Files may have so many bytes, and a write beyond fails: as on a full disk, with half a line before."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_full_disk_costs_events_that_are_counted(tmp_path, full_disk):
-    log = EventLog(0, str(tmp_path))
-    full_disk(1010)
-    for number in range(100):
-        log.write("store", policy="p", keys=[number])
-    wait(lambda: log._queue.empty() and log._lost)
-    full_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])  # no limit: there is room again
-    log.write("ready")
-    log.close()
+def test_a_full_disk_costs_events_that_are_counted(tmp_path):
+    """A file may have 1,010 bytes, and a write beyond fails: half a line is written, as on a full disk."""
+    code = """
+event_log.FLUSH_SECONDS = 300
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1010, most))
+for number in range(100):
+    log.write("store", policy="p", keys=[number])
+while not (log._queue.empty() and log._lost):
+    time.sleep(0.01)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+log.write("ready")
+"""
+    run(code, tmp_path)
     found = list(Reader(tmp_path).read())
     stored = sum(isinstance(event, events.Store) for event in found)
     assert 0 < stored < 100
     assert stored + sum(event.events for event in found if isinstance(event, events.Lost)) == 100
     assert isinstance(found[-1], events.Ready)
-
-
-def wait(until):
-    deadline = time.monotonic() + 60
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
