@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kvshare.record import plots
 from kvshare.record.token_sources import SOURCES
 
 MIB, GIB = 2**20, 2**30
-MOST_POINTS = 200  # along an axis: more cannot be told apart
 
 Step = dict[str, Any]
 
@@ -22,14 +20,9 @@ class Plot(NamedTuple):
     svg: str
 
 
-def steps_a_point(report: dict[str, Any]) -> int:
-    return math.ceil(len(report["step"]) / MOST_POINTS) or 1
-
-
 def of_report(report: dict[str, Any]) -> Iterator[Plot]:
-    size = steps_a_point(report)
-    steps = [_merged(report["step"][at : at + size]) for at in range(0, len(report["step"]), size)]
-    yield from _sources(steps, "step")
+    steps = report["step"]
+    yield from _sources([_of_one_step(row) for row in steps], "step")
     yield from _sources([{**replica, "replica": replica["rank"]} for replica in report["replica"]], "replica")
     yield from _line(steps, "Hit rate", "prompt tokens that were not computed", "hit_rate", "{:.0%}".format, top=1.0)
     most = report["replicas"]
@@ -55,24 +48,9 @@ def of_report(report: dict[str, Any]) -> Iterator[Plot]:
     yield from _line(steps, "Answer length", "mean tokens of an answer", "response_length")
 
 
-def _merged(steps: Sequence[Step]) -> Step:
-    """Steps that share a point: their means; of mismatch and memory the highest, which must not be lost."""
-    means = (*SOURCES, "hit_rate", "prefill_amplification", "reward", "response_length")
-    return {
-        "step": steps[0]["step"] if len(steps) == 1 else f"{steps[0]['step']}–{steps[-1]['step']}",
-        **{name: _over(_mean, steps, name) for name in means},
-        "probs_diff": _over(max, steps, "probs_diff"),
-        "server": max((s["server"] for s in steps if s["server"]), key=lambda server: server["bytes"], default=None),
-    }
-
-
-def _over(choose: Callable[[list[float]], float], steps: Sequence[Step], name: str) -> float | None:
-    known = [step[name] for step in steps if step[name] is not None]
-    return choose(known) if known else None
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _of_one_step(row: Step) -> Step:
+    """Tokens of a step, the mean if the row is of several."""
+    return {"step": row["step"], **{name: row[name] / row["steps"] for name in SOURCES}}
 
 
 def _sources(rows: Sequence[Step], axis: str) -> Iterator[Plot]:

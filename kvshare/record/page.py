@@ -14,11 +14,11 @@ from kvshare.record import figures, summary
 from kvshare.record.token_sources import SOURCES
 
 COLUMNS = ["prompt", *SOURCES, "stale_hit"]
-MOST_ROWS = 2000  # of a table: its last; report.json has them all
+MOST_ROWS = 2000  # of the table with steps and replicas: its last; report.json has them all
 
 
 def html(report: dict[str, Any]) -> str:
-    return _render("report.html.j2", report, plots=figures.of_report(report), merged=figures.steps_a_point(report))
+    return _render("report.html.j2", report, plots=figures.of_report(report))
 
 
 def markdown(report: dict[str, Any]) -> str:

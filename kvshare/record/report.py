@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kvshare.core import server_status
 from kvshare.core.errors import UserError
-from kvshare.record.event_log import Reader, objects
+from kvshare.record.event_reader import Reader
+from kvshare.record.rows import Logged
 from kvshare.record.summary import summarize
 
 
@@ -27,12 +30,31 @@ def read(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
             )
     run = json.loads((folder / "run.json").read_text())
     run["server"] = server_status.read(run.pop("server_status", None))
-    return summarize(Reader(folder).read(), _metrics(folder), run, _metrics(baseline) if baseline else None)
+    return summarize(Reader(folder).read(), _steps(folder), run, _steps(baseline) if baseline else None)
 
 
-def _metrics(folder: Path) -> Iterable[dict[str, Any]]:
+def _steps(folder: Path) -> list[Logged]:
+    """What verl's file logger has of each step. Other lines are skipped: validations, and one that was cut."""
     path = folder / "metrics.jsonl"
-    return (line["data"] for line in objects(path.read_bytes().splitlines() if path.exists() else []))
+    if not path.exists():
+        return []
+    with path.open("rb") as lines:
+        return [step for line in lines if (step := _step(line))]
+
+
+class _Line(msgspec.Struct):
+    data: Logged
+
+
+_decoder = msgspec.json.Decoder(_Line)
+
+
+def _step(line: bytes) -> Logged | None:
+    with contextlib.suppress(ValueError):
+        return _decoder.decode(line).data
+    with contextlib.suppress(ValueError):  # Python writes NaN, which is no JSON
+        return msgspec.convert(json.loads(line), _Line).data
+    return None
 
 
 def write(folder: Path, baseline: Path | None = None) -> dict[str, Any]:

@@ -2,157 +2,127 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from kvshare.core.policy import is_private
-from kvshare.record import token_sources
-from kvshare.record.token_sources import Event
+from kvshare.record.events import Degraded, Event, Lost, OfReplica, Ready, Request, Routing, Step, Store
+from kvshare.record.rows import Logged, PolicyRows, StepRows, over
+from kvshare.record.stored import Stored
+from kvshare.record.token_sources import Counts, with_hits
 
 ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
-STEP = "training/global_step"  # all of verl's trainers log it once a step; a validation lacks it
-PEARSON = "training/rollout_actor_probs_pearson_corr"
-DIFFERENCE = "training/rollout_probs_diff_max"
-LOGGED = {  # a step's, by verl
-    "reward": "critic/score/mean",
-    "response_length": "response_length/mean",
-    "seconds": "timing_s/step",
-    "pearson": PEARSON,
-    "probs_diff": DIFFERENCE,
-}
 
 
 def summarize(
     events: Iterable[Event],
-    metrics: Iterable[dict[str, Any]],
+    steps: list[Logged],
     run: dict[str, Any],
-    baseline: Iterable[dict[str, Any]] | None = None,
+    baseline: list[Logged] | None = None,
 ) -> dict[str, Any]:
     """The report. Token counts and ratios are as in token_sources.py.
 
     Args:
-        events: event log lines of all replicas, in any order (see event_log.py).
-        metrics: ``data`` of the lines of verl's file logger, one a step.
+        events: those of a run in order of time; iterated twice.
+        steps: what verl logged of each step.
         run: ``backend``, ``device`` and ``replicas``, written by preflight.
-        baseline: like ``metrics``, of a run without a connector; its mismatch is the noise floor.
+        baseline: like ``steps``, of a run without a connector; its mismatch is the noise floor.
             Without one the run's own first step is: there was no older policy to be stale of.
     """
-    everything = sorted(events, key=lambda e: e["time"])
-    routing: Event = next((e for e in reversed(everything) if e["op"] == "routing"), {})
-    ends = [e for e in everything if e["op"] == "step"]
-    events = token_sources.of_replicas(everything)
-    stored = token_sources.stored_by(events)
-    replicas = max([run.get("replicas", 0), *(e["replica"] + 1 for e in events)], default=0)
-    steps = _steps(metrics)
-    floor = steps[:1] if baseline is None else _steps(baseline)
-    prefill = token_sources.fastest_prefill(events)
-    up = [e for e in events if e["op"] in ("degraded", "ready")]
-    degraded = {e["replica"] for e in up if e["op"] == "degraded"}
-    without = {rank for rank, op in {e["replica"]: e["op"] for e in up}.items() if op == "degraded"}
+    seen = Seen(Stored())
+    for event in events:
+        seen.add(event)
+    total, rows, policies = Counts(), StepRows(steps, seen.ends), PolicyRows()
+    for event, hits in with_hits(events, seen.stored):
+        total.add(event, hits)
+        rows.add(event, hits)
+        policies.add(event, hits)
+    replicas = max(run.get("replicas", 0), max(seen.replicas, default=-1) + 1)
+    degraded = {rank for rank, event in seen.up.items() if isinstance(event, Degraded)}
+    floor = steps[:1] if baseline is None else baseline
+    count, rewards = total.count(), [step.reward for step in steps if step.reward is not None]
     return {
         **run,
         "replicas": replicas,
-        "unseen": sorted(set(range(replicas)) - {e["replica"] for e in events}),
+        "unseen": sorted(set(range(replicas)) - seen.replicas),
+        "lost": seen.lost,
         "steps": len(steps),
-        "tokens": token_sources.tokens(events, stored),
-        "replica": token_sources.by_replica(events, stored, replicas),
-        "hit_rate": token_sources.hit_rate(token_sources.tokens(events, stored)),
-        "prefill_amplification": token_sources.amplification(stored),
-        "prefill_tokens_per_second": prefill,
-        "time_saved_seconds": token_sources.time_saved(events, prefill),
-        "routing": {name: routing[name] for name in ROUTING if name in routing},
-        "policy": [
-            {"policy": policy, **_shared(of_policy, stored)} for policy, of_policy in _by_policy(events).items()
-        ],
-        "step": [
-            {
-                "step": logged[STEP],
-                **_shared(of_step, stored),
-                "time_saved_seconds": token_sources.time_saved(of_step, prefill),
-                "replica": token_sources.by_replica(of_step, stored, replicas),
-                "server": server,
-                **{name: logged.get(metric) for name, metric in LOGGED.items()},
-            }
-            for logged, of_step, server in _by_step(steps, events, ends)
-        ],
+        "steps_a_row": rows.size,
+        "tokens": count.tokens(),
+        "replica": total.by_replica(replicas),
+        "hit_rate": count.hit_rate(),
+        "prefill_amplification": seen.stored.amplification(),
+        "prefill_tokens_per_second": seen.prefill,
+        "time_saved_seconds": count.time_saved(seen.prefill),
+        "routing": seen.routing,
+        "policy": policies.to_list(),
+        "step": [row.to_dict(replicas, seen.prefill) for row in rows],
+        "reward": rewards[:1] + rewards[-1:],
         "mismatch": {
-            "pearson_min": _extreme(min, steps, PEARSON),
-            "pearson_floor": _extreme(min, floor, PEARSON),
-            "probs_diff_max": _extreme(max, steps, DIFFERENCE),
-            "probs_diff_floor": _extreme(max, floor, DIFFERENCE),
+            "pearson_min": over(min, steps, "pearson"),
+            "pearson_floor": over(min, floor, "pearson"),
+            "probs_diff_max": over(max, steps, "probs_diff"),
+            "probs_diff_floor": over(max, floor, "probs_diff"),
             "floor": "first step" if baseline is None else "baseline",
         },
-        "degraded": sorted(without),
-        "late": sorted(degraded - without),
+        "degraded": sorted(degraded),
+        "late": sorted(seen.degraded - degraded),
     }
 
 
-def _steps(metrics: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [m for m in metrics if STEP in m]
+class Seen:
+    """What must be known of all events before their tokens can be counted."""
 
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+        self.prefill: float | None = None  # the fastest, in tokens per second
+        self.replicas: set[int] = set()
+        self.up: dict[int, Event] = {}  # the last Ready or Degraded of each replica
+        self.degraded: set[int] = set()
+        self.ends: list[int] = []
+        self.routing: dict[str, Any] = {}
+        self.lost = 0
 
-def _shared(events: list[Event], stored: token_sources.Stored) -> dict[str, Any]:
-    count = token_sources.tokens(events, stored)
-    return {
-        **count,
-        "hit_rate": token_sources.hit_rate(count),
-        "prefill_amplification": token_sources.amplification(token_sources.stored_by(events)),
-    }
-
-
-def _by_policy(events: list[Event]) -> dict[str, list[Event]]:
-    """Events of each policy in the order of their first one; private policies together."""
-    groups: dict[str, list[Event]] = defaultdict(list)
-    for event in events:
-        if name := event.get("policy"):
-            groups["private" if is_private(name) else name].append(event)
-    return groups
-
-
-def _by_step(
-    steps: list[dict[str, Any]], events: list[Event], ends: list[Event]
-) -> Iterable[tuple[dict[str, Any], list[Event], dict[str, Any] | None]]:
-    """Of each step: what verl logged, the events since the step before, and the server's status at its end."""
-    groups: dict[int, list[Event]] = defaultdict(list)
-    times = [end["time"] for end in ends]
-    for event in events:
-        if (at := bisect_left(times, event["time"])) < len(ends):
-            groups[ends[at]["step"]].append(event)
-    servers = {end["step"]: end.get("server") for end in ends}
-    for logged in steps:
-        yield logged, groups[logged[STEP]], servers.get(logged[STEP])
-
-
-def _extreme(choose: Any, steps: list[dict[str, Any]], name: str) -> float | None:
-    return choose([m[name] for m in steps if name in m], default=None)
+    def add(self, event: Event) -> None:
+        if isinstance(event, OfReplica):
+            self.replicas.add(event.replica)
+        if isinstance(event, Store):
+            self.stored.add(event)
+        elif isinstance(event, Request):
+            self.prefill = max(filter(None, (self.prefill, event.prefill)), default=None)
+        elif isinstance(event, Ready | Degraded):
+            self.up[event.replica] = event
+            self.degraded |= {event.replica} if isinstance(event, Degraded) else set()
+        elif isinstance(event, Step):
+            self.ends.append(event.step)
+        elif isinstance(event, Lost):
+            self.lost += event.events
+        elif isinstance(event, Routing):
+            self.routing = {name: getattr(event, name) for name in ROUTING}
 
 
 def against_forecast(report: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
     """What preflight forecast of a step, and what a step came to, on average; empty if it forecast nothing."""
-    forecast, steps = report.get("forecast"), report["step"]
-    if not forecast or not steps:
+    forecast, rows, steps = report.get("forecast"), report["step"], report["steps"]
+    if not forecast or not rows:
         return {}
-    server = steps[-1]["server"]
+    server = rows[-1]["server"]
     return {
-        "tokens shared between replicas": (forecast["shareable_tokens_a_step"], _mean(steps, "shared_hit")),
-        "tokens hit within one": (forecast["local_tokens_a_step"], _mean(steps, "local_hit")),
+        "tokens shared between replicas": (
+            forecast["shareable_tokens_a_step"],
+            sum(row["shared_hit"] for row in rows) / steps,
+        ),
+        "tokens hit within one": (forecast["local_tokens_a_step"], sum(row["local_hit"] for row in rows) / steps),
         "bytes stored": (
             forecast["stored_bytes_a_step"],
-            (server["bytes"] + server["evicted_bytes"]) / len(steps) if server else None,
+            (server["bytes"] + server["evicted_bytes"]) / steps if server else None,
         ),
     }
-
-
-def _mean(steps: list[dict[str, Any]], name: str) -> float:
-    return sum(step[name] for step in steps) / len(steps)
 
 
 def verdict(report: dict[str, Any]) -> str:
     """One sentence for a human."""
     unseen = f" {not_seen(report['unseen'])}." if report["unseen"] and report["tokens"]["prompt"] else ""
-    return _verdict(report) + unseen
+    return _verdict(report) + unseen + (f" {were_lost(report['lost'])}." if report["lost"] else "")
 
 
 def _verdict(report: dict[str, Any]) -> str:
@@ -179,9 +149,13 @@ def not_seen(replicas: list[int]) -> str:
     return f"NOT SEEN: replica {ranks} (on several nodes KVSHARE_RUN_DIR must be a folder that all of them share)"
 
 
+def were_lost(events: int) -> str:
+    return f"{events:,} EVENTS WERE LOST: the counts are too low (the record's disk was full or slow, or a line is cut)"
+
+
 def facts(report: dict[str, Any]) -> dict[str, str]:
     """What is not a token count, in words."""
-    mismatch, server, rewards = report["mismatch"], report.get("server"), _known(report["step"], "reward")
+    mismatch, server, rewards = report["mismatch"], report.get("server"), report["reward"]
     found = {
         "kvshare server": server
         and f"{server['bytes'] / 2**30:.2f} of {server['limit'] / 2**30:.2f} GiB; "
@@ -203,10 +177,6 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         },
     }
     return {name: text for name, text in found.items() if text}
-
-
-def _known(steps: list[dict[str, Any]], name: str) -> list[Any]:
-    return [step[name] for step in steps if step[name] is not None]
 
 
 def _saved(report: dict[str, Any]) -> str | None:

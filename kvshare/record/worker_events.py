@@ -1,8 +1,9 @@
 """Sends events from vLLM's worker processes to the process that started the engine, over a zmq socket on this host.
 
 An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load", …}`` (see hooks/lmcache/events.py).
-Sending never blocks and never raises: an event that cannot be sent at once is dropped. Any process on this host can
-send to the socket, so the receiver checks each message, and logs and skips a malformed one.
+Sending never blocks and never raises: an event that cannot be sent at once is dropped. The next one that is sent says
+how many were ``dropped`` before it. Any process on this host can send to the socket, so the receiver checks each
+message, and logs and skips a malformed one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-logger = logging.getLogger(__name__)
+from kvshare.core.log_limit import LimitedLogger
+
+logger = LimitedLogger(logging.getLogger(__name__))
 
 ADDRESS = "KVSHARE_EVENTS"
 """Address of the zmq socket for events. If it is not set, no events are sent."""
@@ -34,13 +37,17 @@ class Sender:
         self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
+        self._dropped = 0
 
     def send(self, event: dict[str, Any]) -> None:
-        try:
-            with self._lock:
+        with self._lock:
+            if self._dropped:
+                event = {**event, "dropped": self._dropped}
+            try:
                 self._socket.send(json.dumps(event).encode(), zmq.NOBLOCK)
-        except zmq.ZMQError:
-            pass
+                self._dropped = 0
+            except zmq.ZMQError:
+                self._dropped += 1
 
 
 @lru_cache(maxsize=1)
@@ -50,7 +57,8 @@ def sender() -> Sender | None:
     return Sender(address) if address else None
 
 
-class _Event(msgspec.Struct, tag_field="op", tag=str.lower): ...
+class _Event(msgspec.Struct, tag_field="op", tag=str.lower, kw_only=True, omit_defaults=True):
+    dropped: int = 0
 
 
 class Ready(_Event): ...

@@ -22,11 +22,13 @@ from verl.utils.tokenizer import normalize_token_ids
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.core import lmcache_settings
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.routing.cost_model import UNKNOWN, break_even, worth
 from kvshare.routing.prefixes import Key, chunk_digests
 
 logger = logging.getLogger(__name__)
+often = LimitedLogger(logger)  # for what each entry or request may repeat
 
 REMEMBERED = 100_000  # chunks
 AFTER_RELEASE = 1.0  # seconds after which a leader that was released, but not reported as stored, is given up
@@ -252,7 +254,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             handle = self._servers[leader.server]
             stored, self._pace = await handle.wait_prefix_stored.remote(*key, self._hold_seconds)
         except Exception as error:  # a server that died will not store it either
-            logger.warning("router: %s did not report whether a prefix is stored: %s", leader.server, error)
+            often.warning("router: %s did not report whether a prefix is stored: %s", leader.server, error)
         finally:
             self._settle(leader, stored)
             placed.server.load -= placed.prefill  # the prefill is done

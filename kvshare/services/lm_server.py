@@ -22,12 +22,14 @@ from typing import Any, NoReturn
 
 from kvshare.core.errors import UserError
 from kvshare.core.lm_protocol import EXIST, FAIL, GET, HEALTH, NO_DATA, PUT, REPLY, REQUEST, SUCCESS
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.services.store import Store
 
 PIECE = 1 << 20  # bytes received before they are added to the store's count
 WASTE = memoryview(bytearray(1 << 16))  # all threads read refused data into this; nothing uses it
 
 logger = logging.getLogger(__name__)
+often = LimitedLogger(logger)  # for what each connection may repeat
 
 
 def serve(host: str, port: int, limit: int, status: Path | None) -> NoReturn:
@@ -95,7 +97,7 @@ class Server(socketserver.ThreadingTCPServer):
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        logger.info("closed the connection of %s:%s: %s", *client_address, sys.exc_info()[1])
+        often.info("closed the connection of %s:%s: %s", *client_address, sys.exc_info()[1])
 
     def service_actions(self) -> None:
         """Write the status file once a second. serve_forever calls this at least twice a second."""

@@ -15,7 +15,7 @@ from uuid import uuid4
 from rich.console import Console
 
 from kvshare.core.errors import UserError
-from kvshare.record import report
+from kvshare.record import event_log, report
 from kvshare.services.processes import Processes
 from kvshare.tools import gsm8k, tiny_model
 
@@ -81,7 +81,7 @@ class Demo:
 
     def _clean(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("events-*.jsonl", "metrics.jsonl", "report.*", "run.json", "*.log"):
+        for pattern in (event_log.FILES, "metrics.jsonl", "report.*", "run.json", "*.log"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 

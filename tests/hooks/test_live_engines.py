@@ -4,6 +4,7 @@ import random
 
 import pytest
 from conftest import CHUNK
+from engines import recorded
 from plain_keys import plugin_path
 
 from kvshare.record import summary
@@ -30,7 +31,7 @@ def test_second_engine_reads_what_the_first_computed(engines, prompt):
     same(cold, warm)
     assert second.hits(starts[1]) == WHOLE
     events = first.events[starts[0] :] + second.events[starts[1] :]
-    result = summary.summarize(events, [], {"replicas": 2})
+    result = summary.summarize(recorded(events), [], {"replicas": 2})
     assert result["replica"][1]["shared_hit"] == WHOLE
     assert result["prefill_amplification"] == 1.0
     assert result["tokens"]["stale_hit"] == 0
@@ -103,4 +104,4 @@ def _stale(engine, prompt):
     start = len(engine.events)
     engine.ask(prompt, "run-1")
     engine.ask(prompt, "run-2")
-    return summary.summarize(engine.events[start:], [], {"replicas": 1})["tokens"]["stale_hit"]
+    return summary.summarize(recorded(engine.events[start:]), [], {"replicas": 1})["tokens"]["stale_hit"]

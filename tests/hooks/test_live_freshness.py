@@ -6,6 +6,7 @@ import time
 
 import pytest
 from conftest import CHUNK
+from engines import recorded
 from waiting import until
 
 from kvshare.core import policy
@@ -131,7 +132,7 @@ def test_fifty_updates(replicas, prompts, record_property):
             asked += 1
             hits += replica.check(rng.choice(prompts))
     events = [e for r, start in zip(replicas, started, strict=True) for e in r.engine.events[start:]]
-    tokens = summary.summarize(events, [], {"replicas": 2})["tokens"]
+    tokens = summary.summarize(recorded(events), [], {"replicas": 2})["tokens"]
     print(f"\n50 updates: {asked} requests checked, {hits} tokens hit, {tokens['shared_hit']} shared, 0 stale")
     assert tokens["stale_hit"] == 0
     assert tokens["shared_hit"] > 0

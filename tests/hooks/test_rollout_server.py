@@ -13,7 +13,8 @@ from kvshare.core import policy
 from kvshare.hooks.verl import rollout_server
 from kvshare.hooks.verl.rollout_server import KVShareReplica, KVShareServer, _salted, _server_class, _tag
 from kvshare.record import worker_events
-from kvshare.record.event_log import EventLog, Reader
+from kvshare.record.event_log import EventLog
+from kvshare.record.event_reader import Reader
 from kvshare.routing.cost_model import Rates
 from kvshare.routing.prefixes import StoredPrefixes
 
@@ -93,7 +94,16 @@ def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypa
     asyncio.run(asyncio.wait_for(scenario(), STUCK))
     assert len(errors) == 2
     assert "it shares KV from here on" in errors[1]
-    assert [event["op"] for event in Reader(tmp_path).read()] == ["degraded", "ready"]
+    server._event_log.close()
+    assert [type(event).__name__ for event in Reader(tmp_path).read()] == ["Degraded", "Ready"]
+
+
+def test_events_that_a_worker_dropped_are_in_the_record(server, tmp_path):
+    server._event_log, server._ready = EventLog(0, str(tmp_path)), asyncio.Event()
+    server._record({"op": "ready", "dropped": 3})
+    server._event_log.close()
+    lost, ready = Reader(tmp_path).read()
+    assert (lost.events, type(ready).__name__) == (3, "Ready")
 
 
 class _Engine:

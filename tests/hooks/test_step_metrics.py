@@ -32,9 +32,9 @@ def log(tmp_path, monkeypatch):
 
 def write(folder, *events):
     for event in events:
-        EventLog(event["replica"], str(folder)).write(
-            **{k: v for k, v in event.items() if k not in ("time", "replica")}
-        )
+        log = EventLog(event["replica"], str(folder))
+        log.write(**{k: v for k, v in event.items() if k not in ("time", "replica")})
+        log.close()
 
 
 def step(number):
@@ -65,13 +65,21 @@ def test_stale_tokens_are_loud(log, tmp_path, capsys):
     assert "STALE: 256" in capsys.readouterr().out
 
 
+def test_lost_events_are_loud(log, tmp_path, capsys):
+    log(**step(1))
+    (tmp_path / "events-0.jsonl").write_text('{"op": "lost", "time": 1, "replica": 0, "events": 7}\nno event\n')
+    log(**step(2))
+    assert [line["kvshare/lost_events"] for line in log.lines()] == [0, 8]
+    assert "8 EVENTS WERE LOST" in capsys.readouterr().out
+
+
 def test_validation_is_left_as_it_is(log):
     log(**{"val/accuracy": 1.0})
     assert log.lines() == [{"val/accuracy": 1.0}]
 
 
 def test_an_error_stops_the_metrics_and_nothing_else(log, tmp_path, caplog):
-    (tmp_path / "events-0.jsonl").write_text('{"op": "request"}\n')  # nothing that replicas write
+    (tmp_path / "run.json").write_text("[]")  # nothing that preflight writes
     with caplog.at_level(logging.ERROR):
         log(**step(1))
         log(**step(2))

@@ -1,11 +1,12 @@
+import json
 import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
-from test_report import RUN, TWO_STEPS, end, logged, request
+from test_report import RUN, TWO_STEPS, at, end, logged, request, summarize
 
-from kvshare.record import figures, page, summary
+from kvshare.record import page, rows
 
 
 class Page(HTMLParser):
@@ -47,8 +48,8 @@ def result():
         "stored_bytes_a_step": 99,
         "verdict": "<v>",
     }
-    metrics = [m | {summary.PEARSON: 0.99, summary.DIFFERENCE: 1e-9} for m in logged(0.25, 0.75)]
-    return summary.summarize(TWO_STEPS, metrics, {**RUN, "forecast": forecast, "model": "a<b"})
+    metrics = [m | {rows.PEARSON: 0.99, rows.DIFFERENCE: 1e-9} for m in logged(0.25, 0.75)]
+    return summarize(TWO_STEPS, metrics, {**RUN, "forecast": forecast, "model": "a<b"})
 
 
 def test_every_number_is_on_the_page(result):
@@ -70,7 +71,7 @@ def test_page_has_a_plot_of_each_kind(result):
 
 
 def test_page_of_nothing():
-    assert "No request was recorded" in page.html(summary.summarize([], [], RUN))
+    assert "No request was recorded" in page.html(summarize([], [], RUN))
 
 
 def test_hovering_shows_the_number(result):
@@ -78,22 +79,28 @@ def test_hovering_shows_the_number(result):
 
 
 def many_steps(count):
-    rows = [{**m, summary.DIFFERENCE: 0.5 if i == 1234 else 1e-9} for i, m in enumerate(logged(*[0.5] * count))]
-    return summary.summarize([request(0, "p", 300), end(1, 9)], rows, RUN)
+    metrics = [{**m, rows.DIFFERENCE: 0.5 if i == 1234 else 1e-9} for i, m in enumerate(logged(*[0.5] * count))]
+    events = [line for step in range(1, count + 1) for line in (at(step, request(0, "p", 300)), end(step, step))]
+    return summarize(events, metrics, RUN)
 
 
 def test_page_of_many_steps_is_bounded_and_says_so():
-    text, note = page.html(many_steps(5000)), "The last 2,000 of 5,000 rows"
-    assert len(text) < 2 * len(page.html(many_steps(2000)))
-    assert note in text
-    assert note in page.markdown(many_steps(5000))
-    assert "A bar or point is 25 steps" in text
+    few, many = many_steps(200), many_steps(5000)
+    assert len(page.html(many)) < 1.2 * len(page.html(few))
+    assert len(json.dumps(many)) < 1.2 * len(json.dumps(few))
+    assert "A row is 25 steps" in page.html(many)
+    assert "A row is 25 steps" in page.markdown(many)
+    assert "A bar or point is 25 steps" in page.html(many)
+    assert (len(few["step"]), few["step"][0]["prompt"]) == (200, 300)
+    assert (len(many["step"]), many["step"][0]["prompt"]) == (200, 25 * 300)
+    assert (many["steps"], many["tokens"]["prompt"]) == (5000, 5000 * 300)
 
 
 def test_the_worst_step_is_on_the_plot_of_many():
     words = Page(page.html(many_steps(5000))).words
     assert "step 1226–1250: 5.0e-01" in words
-    assert sum(word.startswith("step ") and word.endswith(": 0.5") for word in words) == figures.MOST_POINTS  # rewards
+    assert "step 1226–1250: 300 computed" in words  # the mean of a step
+    assert sum(word.startswith("step ") and word.endswith(": 0.5") for word in words) == rows.MOST_ROWS  # rewards
 
 
 def test_workers_and_launchers_do_not_import_what_draws():

@@ -1,9 +1,19 @@
+import msgspec
 import pytest
 
 from kvshare.core.errors import UserError
-from kvshare.record import page, report, summary
+from kvshare.record import events, page, report, rows, summary
 
 RUN = {"backend": "remote", "device": "cpu", "replicas": 2}
+
+
+def summarize(lines, metrics, run, baseline=None):
+    """The report of what event logs and verl's log hold, as dicts."""
+
+    def steps(logged):
+        return msgspec.convert(logged, list[rows.Logged])
+
+    return summary.summarize(events.convert(lines), steps(metrics), run, baseline and steps(baseline))
 
 
 def store(replica, policy, *keys, time=0):
@@ -28,12 +38,12 @@ def request(replica, policy, prompt, cached=0):
     return {"op": "request", "time": 2, "replica": replica, "policy": policy, "prompt": prompt, "cached": cached}
 
 
-def tokens(*events):
-    return summary.summarize(events, [], RUN)["tokens"]
+def tokens(*lines):
+    return summarize(lines, [], RUN)["tokens"]
 
 
 def test_shared_local_and_computed():
-    events = [
+    lines = [
         store(0, "p", 1, 2),
         request(0, "p", 600),  # computed all of it
         load(1, "p", 1, 2),
@@ -42,7 +52,7 @@ def test_shared_local_and_computed():
         load(0, "p", 1, 2),
         request(0, "p", 600, cached=512),  # its own KV, through LMCache
     ]
-    assert tokens(*events) == {
+    assert tokens(*lines) == {
         "prompt": 2400,
         "computed": 864,
         "local_hit": 1024,
@@ -76,17 +86,36 @@ def test_kv_that_nobody_stored_is_unknown():
 def test_amplification_is_per_policy():
     both = [store(replica, "p0", 1, 2) for replica in (0, 1)]
     once = [store(0, "p1", 3, 4), load(1, "p1", 3, 4)]
-    result = summary.summarize([*both, *once, request(0, "p0", 600), request(1, "p1", 600, 512)], [], RUN)
+    result = summarize([*both, *once, request(0, "p0", 600), request(1, "p1", 600, 512)], [], RUN)
     assert result["prefill_amplification"] == 1.5
     assert [p["prefill_amplification"] for p in result["policy"]] == [2.0, 1.0]
 
 
+def test_rows_of_many_policies_are_bounded_and_none_is_lost():
+    lines = [
+        line
+        for n in range(1000)
+        for line in (store(0, f"run-{n}", n), load(1, f"run-{n}", n), request(1, f"run-{n}", 512, 256))
+    ]
+    policies = summarize(lines, [], RUN)["policy"]
+    assert len(policies) == rows.MOST_ROWS + 1
+    assert (policies[0]["policy"], policies[-1]["policy"]) == ("earlier", "run-999")
+    assert sum(policy["shared_hit"] for policy in policies) == 1000 * 256
+    assert {policy["prefill_amplification"] for policy in policies} == {1.0}
+
+
+def test_lost_events_are_in_the_verdict():
+    result = summarize([request(0, "p", 300), {"op": "lost", "time": 0, "replica": 0, "events": 1234}], [], RUN)
+    assert "1,234 EVENTS WERE LOST: the counts are too low" in summary.verdict(result)
+    assert 'class="alarm"' in page.html(result)
+
+
 def mismatch(*steps):
-    return [{"training/global_step": i, summary.PEARSON: p, summary.DIFFERENCE: d} for i, (p, d) in enumerate(steps, 1)]
+    return [{"training/global_step": i, rows.PEARSON: p, rows.DIFFERENCE: d} for i, (p, d) in enumerate(steps, 1)]
 
 
 def test_mismatch_is_the_worst_step_next_to_the_first():
-    result = summary.summarize([], mismatch((1.0, 1e-9), (0.69, 0.2)), RUN)
+    result = summarize([], mismatch((1.0, 1e-9), (0.69, 0.2)), RUN)
     assert result["mismatch"] == {
         "pearson_min": 0.69,
         "pearson_floor": 1.0,
@@ -98,23 +127,23 @@ def test_mismatch_is_the_worst_step_next_to_the_first():
 
 
 def test_baseline_is_the_noise_floor():
-    result = summary.summarize([], mismatch((1.0, 1e-9)), RUN, baseline=mismatch((1.0, 1e-9), (0.999, 3e-9)))
+    result = summarize([], mismatch((1.0, 1e-9)), RUN, baseline=mismatch((1.0, 1e-9), (0.999, 3e-9)))
     assert (result["mismatch"]["pearson_floor"], result["mismatch"]["probs_diff_floor"]) == (0.999, 3e-9)
 
 
 def test_baseline_says_that_it_is_one():
-    result = summary.summarize([request(0, "p", 300)], [], {**RUN, "backend": "no connector"})
+    result = summarize([request(0, "p", 300)], [], {**RUN, "backend": "no connector"})
     assert "baseline" in summary.verdict(result)
 
 
 def test_every_policy_has_its_row():
-    events = [store(0, "run-1", 1), load(1, "run-1", 1), request(1, "run-1", 512, 256), request(0, "private-a", 300)]
-    rows = [line for line in page.markdown(summary.summarize(events, [], RUN)).splitlines() if "| run-1 |" in line]
+    lines = [store(0, "run-1", 1), load(1, "run-1", 1), request(1, "run-1", 512, 256), request(0, "private-a", 300)]
+    rows = [line for line in page.markdown(summarize(lines, [], RUN)).splitlines() if "| run-1 |" in line]
     assert rows == ["| run-1 | 512 | 256 | 0 | 256 | 0 | 1.000 |"]
 
 
 @pytest.mark.parametrize(
-    ("events", "words"),
+    ("lines", "words"),
     [
         ([], "No request was recorded"),
         ([request(0, "p", 100)], "no prompt fills a chunk"),
@@ -124,16 +153,16 @@ def test_every_policy_has_its_row():
         ([{"op": "degraded", "time": 0, "replica": 1}], "NOT SHARING: LMCache did not start in replica 1"),
     ],
 )
-def test_verdict(events, words):
-    assert words in summary.verdict(summary.summarize(events, [], RUN))
+def test_verdict(lines, words):
+    assert words in summary.verdict(summarize(lines, [], RUN))
 
 
 def test_replica_whose_lmcache_comes_late_is_said_to_share():
     up = [{"op": op, "time": time, "replica": 1} for time, op in enumerate(["degraded", "ready", "ready"])]
-    result = summary.summarize(up, [], RUN)
+    result = summarize(up, [], RUN)
     assert (result["degraded"], result["late"]) == ([], [1])
     assert "came up late in replica 1" in page.markdown(result)
-    assert summary.summarize([*up, {**up[0], "time": 9}], [], RUN)["degraded"] == [1]  # it was started again
+    assert summarize([*up, {**up[0], "time": 9}], [], RUN)["degraded"] == [1]  # it was started again
 
 
 def test_report_of_a_killed_run(tmp_path):
@@ -173,7 +202,7 @@ def logged(*rewards):
 
 
 def test_a_step_is_what_came_since_the_one_before():
-    one, two = summary.summarize(TWO_STEPS, logged(0.25, 0.75), RUN)["step"]
+    one, two = summarize(TWO_STEPS, logged(0.25, 0.75), RUN)["step"]
     assert (one["prompt"], one["computed"], one["shared_hit"], one["reward"]) == (512, 256, 256, 0.25)
     assert [r["prompt"] for r in one["replica"]] == [0, 512]
     assert (two["prompt"], two["computed"], two["shared_hit"], two["reward"]) == (300, 300, 0, 0.75)
@@ -184,19 +213,19 @@ def test_a_step_is_what_came_since_the_one_before():
 def test_time_saved_is_what_computing_would_have_taken_less_the_loads():
     prefills = [{**request(0, "p", 1000), "prefill": rate} for rate in (None, 800.0, 1000.0)]
     loads = [{**load(1, "p", 1, 2), "seconds": 0.1}]
-    result = summary.summarize([store(0, "p", 1, 2), *prefills, *loads], [], RUN)
+    result = summarize([store(0, "p", 1, 2), *prefills, *loads], [], RUN)
     assert result["prefill_tokens_per_second"] == 1000
     assert result["time_saved_seconds"] == pytest.approx(0.512 - 0.1)
-    assert summary.summarize(prefills[:1], [], RUN)["time_saved_seconds"] is None
+    assert summarize(prefills[:1], [], RUN)["time_saved_seconds"] is None
 
 
 def test_forecast_stands_next_to_what_was_measured():
     forecast = {"shareable_tokens_a_step": 130, "local_tokens_a_step": 0, "stored_bytes_a_step": 99, "verdict": "v"}
-    result = summary.summarize(TWO_STEPS, logged(0, 0), {**RUN, "forecast": forecast})
+    result = summarize(TWO_STEPS, logged(0, 0), {**RUN, "forecast": forecast})
     assert list(summary.against_forecast(result).values()) == [(130, 128), (0, 0), (99, 120)]
 
 
 def test_replica_without_event_log_is_named():
-    result = summary.summarize([request(0, "p", 300)], [], {**RUN, "replicas": 3})
+    result = summarize([request(0, "p", 300)], [], {**RUN, "replicas": 3})
     assert result["unseen"] == [1, 2]
     assert "NOT SEEN: replica 1, 2" in summary.verdict(result)

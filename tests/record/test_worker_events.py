@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+import logging
+from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import zmq
 from waiting import STUCK
 
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.record import worker_events
 
 LOAD = {
@@ -66,8 +70,40 @@ def test_event_comes_as_it_was_sent(event):
 )
 def test_garbage_is_one_line(garbage, monkeypatch):
     errors = []
-    monkeypatch.setattr(worker_events.logger, "error", lambda text, *args: errors.append(text % args))
+    monkeypatch.setattr(worker_events, "logger", SimpleNamespace(error=lambda text, *args: errors.append(text % args)))
     assert asyncio.run(receive(garbage, json.dumps(LOAD).encode())) == [LOAD]
     assert len(errors) == 1
     assert "is not an event" in errors[0]
     assert len(errors[0]) < 1000
+
+
+def test_a_stream_of_garbage_is_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(worker_events, "logger", LimitedLogger(logging.getLogger("kvshare.test")))
+    assert asyncio.run(receive(*[b"garbage"] * 500, json.dumps(LOAD).encode())) == [LOAD]
+    assert len(caplog.records) == 1
+
+
+def test_dropped_events_are_counted_by_the_next_one():
+    """More events than zmq's queues take, because nobody receives."""
+    sender = worker_events.Sender(address := f"ipc://@kvshare-test-{uuid4().hex}")
+    for _ in range(5000):
+        sender.send(EVENTS[1])
+    with zmq.Context.instance().socket(zmq.PULL) as socket:
+        socket.RCVTIMEO = 30_000
+        socket.bind(address)
+        sent, received, dropped = 5000, 0, 0
+        while not dropped:
+            dropped = json.loads(socket.recv()).get("dropped", 0)
+            received += 1
+            if not dropped:
+                sender.send(EVENTS[1])
+                sent += 1
+        while sender._dropped or received + dropped < sent:
+            received += 1
+            dropped += json.loads(socket.recv()).get("dropped", 0)
+    assert received + dropped == sent
+
+
+def test_dropped_events_come_through_the_receiver():
+    event = {**EVENTS[1], "dropped": 7}
+    assert asyncio.run(receive(json.dumps(event).encode())) == [event]

@@ -18,7 +18,7 @@ import zmq
 from waiting import until
 
 from kvshare.core import policy, ports
-from kvshare.record import worker_events
+from kvshare.record import events, worker_events
 from kvshare.services.processes import Processes
 from kvshare.tools import vllm_http
 
@@ -193,3 +193,8 @@ class Engine:
 
     def _post(self, path: str, body: dict) -> Any:
         return vllm_http.post(self.url + path, body)
+
+
+def recorded(sent: list[dict[str, Any]]) -> list[events.Event]:
+    """What the record holds of events that workers sent: all but ``stored``."""
+    return events.convert(event for event in sent if event["op"] != "stored")

@@ -20,11 +20,12 @@ from functools import partial
 from typing import Any
 
 from kvshare.core import policy
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.lmcache.p2p_controller import when_findable
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record import worker_events
 
-logger = logging.getLogger(__name__)
+logger = LimitedLogger(logging.getLogger(__name__))
 
 UNSEEN = "LMCache's stores and loads are not recorded, and the report calls the replicas degraded"
 

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvshare.core import lmcache_settings, policy
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record import worker_events
 from kvshare.routing.prefixes import chunk_digests
 
 logger = logging.getLogger(__name__)
+often = LimitedLogger(logger)  # for what each entry or request may repeat
 
 WORKER, SCHEDULER = "LMCacheMPWorkerAdapter", "LMCacheMPSchedulerAdapter"
 SUBMIT = ("request_id", "op", "event", "cache_salt", "request_configs")
@@ -172,7 +174,7 @@ def _submit(adapter: Any, name: str, submit: Callable[[], None], call: dict[str,
     future = entry[0] if isinstance(entry, tuple) else entry
     timed_out = time.monotonic() - began >= adapter._mq_timeout
     if timed_out and future.query() and not future.result(timeout=0):
-        logger.error("LMCache's server does not answer: KV is recomputed until it does")
+        often.error("LMCache's server does not answer: KV is recomputed until it does")
         adapter._health_event.clear()
     return future
 
@@ -191,7 +193,7 @@ def _settle_or_keep(adapter: Any, transfer: Transfer) -> None:
         if not transfer.settle(adapter.is_healthy):
             adapter.kvshare_transfers.append(transfer)
     except Exception:
-        logger.exception("kvshare could not report a transfer; the transfer itself is unaffected")
+        often.exception("kvshare could not report a transfer; the transfer itself is unaffected")
 
 
 def _call(args: tuple, kwargs: dict) -> dict[str, Any]:

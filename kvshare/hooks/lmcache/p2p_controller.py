@@ -19,9 +19,11 @@ from typing import Any
 
 import zmq
 
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.patch import optional, replace
 
 logger = logging.getLogger(__name__)
+often = LimitedLogger(logger)  # for what each entry or request may repeat
 
 HEARTBEAT = 2.0  # seconds
 
@@ -133,7 +135,7 @@ async def _ask(worker: Any, msg: Any) -> Any:
     try:
         return await link(worker).ask(msg)
     except zmq.ZMQError as error:
-        logger.error("lmcache_controller did not answer: %s", error)
+        often.error("lmcache_controller did not answer: %s", error)
         link(worker).up = False  # until a heartbeat is answered
         return worker._on_request_failure(msg)
 

@@ -28,10 +28,11 @@ from typing import Any
 
 import wrapt
 
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks import check
 from kvshare.hooks.patch import optional, put, replace, wrap
 
-logger = logging.getLogger(__name__)
+logger = LimitedLogger(logging.getLogger(__name__))
 
 AVOID_SECONDS = 5.0
 """How long a replica that did not answer gets no requests. The controller drops a dead one after ten seconds."""

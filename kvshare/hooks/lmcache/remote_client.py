@@ -26,9 +26,11 @@ from typing import Any
 import xxhash
 
 from kvshare.core.lm_protocol import HEALTH_REQUEST
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.patch import replace
 
 logger = logging.getLogger(__name__)
+often = LimitedLogger(logger)  # for what each entry or request may repeat
 
 CHECKSUM = 8  # bytes after each entry
 PROBE_EVERY = 1.0  # seconds
@@ -147,7 +149,7 @@ def _connector_class() -> type:
                 return
             if not self._do(self._writes, self._put_and_confirm, key, memory_obj):
                 size = len(memory_obj.byte_array)
-                logger.error("%s did not keep an entry of %d bytes. Is its memory too small?", self._name, size)
+                often.error("%s did not keep an entry of %d bytes. Is its memory too small?", self._name, size)
 
         def _put_and_confirm(self, link: Link, key: Any, memory_obj: Any) -> bool:
             """Put an entry, and return whether the server has it. Sending to a dead connection may not fail."""
@@ -183,7 +185,7 @@ def _connector_class() -> type:
             # LMCache's default waits for free memory. The owner of that memory may be waiting for this call.
             memory_obj = self._memory.allocate(meta.shape, meta.dtype, meta.fmt, busy_loop=False)
             if memory_obj is None:
-                logger.error("LMCache has no free local memory for an entry of %s", self._name)
+                often.error("LMCache has no free local memory for an entry of %s", self._name)
                 link.close()  # drops the rest of the reply
                 return None
             checksum = bytearray(CHECKSUM)
@@ -195,7 +197,7 @@ def _connector_class() -> type:
                 raise
             if checksum == _checksum(key, memory_obj.byte_array):
                 return memory_obj
-            logger.error("%s sent an entry with a wrong checksum: its KV is recomputed", self._name)
+            often.error("%s sent an entry with a wrong checksum: its KV is recomputed", self._name)
             memory_obj.ref_count_down()
             return None
 

@@ -15,10 +15,11 @@ import threading
 from typing import Any
 
 from kvshare.core import policy
+from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.lmcache.keys import engine
 from kvshare.hooks.patch import replace, wrap
 
-logger = logging.getLogger(__name__)
+logger = LimitedLogger(logging.getLogger(__name__))
 
 LOCAL_TIERS = {"LocalCPUBackend": ("hot_cache", "cpu_lock"), "LocalDiskBackend": ("dict", "disk_lock")}
 """LMCache's local storage backends: the attribute that maps keys to entries, and the attribute with its lock."""

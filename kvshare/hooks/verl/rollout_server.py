@@ -194,6 +194,7 @@ class KVShareServer(vLLMHttpServer):
 
     def _record(self, event: dict[str, Any]) -> None:
         op, request = event.pop("op"), event.get("request") or ""
+        self._event_log.lost(event.pop("dropped", 0))
         if op == "ready":
             self._ready.set()
         elif op == "store":

@@ -13,17 +13,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cachetools import LRUCache
-
 from kvshare.core import server_status
 from kvshare.hooks.patch import optional, wrap
-from kvshare.record import token_sources
-from kvshare.record.event_log import RUN_DIR, EventLog, Reader
-from kvshare.record.summary import STEP, not_seen
+from kvshare.record.event_log import RUN_DIR, EventLog
+from kvshare.record.event_reader import Reader
+from kvshare.record.key_table import RecentKeys
+from kvshare.record.rows import STEP
+from kvshare.record.stored import Stored
+from kvshare.record.summary import Seen, not_seen, were_lost
+from kvshare.record.token_sources import SOURCES, Sharing, with_hits
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED = 100_000  # keys whose storing replica is remembered: a load follows its store soon, or never
+REMEMBERED = 1_000_000  # keys, 50 bytes each: a load follows its store soon, or never
 
 
 @optional("verl's logger does not get kvshare's metrics")
@@ -61,26 +63,29 @@ class Steps:
         self._event_log = EventLog("trainer", str(folder))
         self._reader = Reader(folder)
         self._run = _read(folder / "run.json")
-        self._seen: set[int] = set()
-        self._stored: token_sources.Stored = LRUCache(maxsize=REMEMBERED)
-        self._prefill: float | None = None
+        self._seen = Seen(Stored(RecentKeys(REMEMBERED)))
 
     def step(self, number: int) -> tuple[dict[str, float], str]:
-        """Metrics of the events since the previous step, and the line to print."""
-        events = token_sources.of_replicas(self._reader.read())
-        self._seen |= {event["replica"] for event in events}
-        token_sources.remember(self._stored, events)
-        self._prefill = max(filter(None, [self._prefill, token_sources.fastest_prefill(events)]), default=None)
+        """Metrics of the events since the previous step, and the line to print. Unknown metrics are left out."""
+        events, sharing, seen = self._reader.read(), Sharing(), self._seen
+        lost = seen.lost
+        for event in events:
+            seen.add(event)
+        for event, hits in with_hits(events, seen.stored):
+            sharing.add(event, hits)
         self._event_log.write("step", step=number, server=server_status.read(self._run.get("server_status")))
-        metrics = token_sources.metrics(events, self._stored, self._prefill)
-        metrics["replicas_seen"] = len(self._seen)
-        unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in self._seen]
+        count = sharing.count()
+        ratios = {**sharing.ratios(), "time_saved_s": count.time_saved(seen.prefill)}
+        metrics: dict[str, float] = {f"{name}_tokens": value for name, value in count.tokens().items()}
+        metrics |= {name: value for name, value in ratios.items() if value is not None}
+        metrics |= {"replicas_seen": len(seen.replicas), "lost_events": seen.lost - lost}
+        unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in seen.replicas]
         return {f"kvshare/{name}": value for name, value in metrics.items()}, describe(number, metrics, unseen)
 
 
 def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
     """The line to print; ``unseen`` are the ranks of replicas without an event so far."""
-    shown = {name: f"{metrics[f'{name}_tokens']:,}" for name in ("prompt", *token_sources.SOURCES, "stale_hit")}
+    shown = {name: f"{metrics[f'{name}_tokens']:,}" for name in ("prompt", *SOURCES, "stale_hit")}
     unknown = f", {shown['unknown_hit']} of unknown origin" if metrics["unknown_hit_tokens"] else ""
     stale = f"STALE: {shown['stale_hit']}" if metrics["stale_hit_tokens"] else "0 stale"
     saved = metrics.get("time_saved_s")
@@ -89,6 +94,7 @@ def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
         f"{shown['local_hit']} local hit, {shown['shared_hit']} shared hit{unknown}, {stale}; "
         + (f"{saved:.2f} s saved" if saved is not None else "time saved not known yet")
         + (f"; {not_seen(unseen)}" if unseen else "")
+        + (f"; {were_lost(lost)}" if (lost := int(metrics["lost_events"])) else "")
     )
 
 

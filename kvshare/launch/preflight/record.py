@@ -11,8 +11,9 @@ from typing import Any
 from kvshare.core import server_status, versions
 from kvshare.core.job import Job
 from kvshare.core.versions import installed
+from kvshare.record import event_log
 
-OF_A_RUN = ("run.json", "metrics.jsonl", "events-*.jsonl", "report.*")
+OF_A_RUN = ("run.json", "metrics.jsonl", event_log.FILES, "report.*")
 
 
 def record(job: Job, folder: Path) -> None:

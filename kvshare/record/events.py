@@ -1,0 +1,102 @@
+"""The events of a run's record, as a line of an event log holds them.
+
+Each has ``time`` (Unix seconds at which it was written) and ``replica`` (its rank; "router" or "trainer" for theirs).
+Keys are LMCache chunk hashes. A line that is none of these counts as one lost event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import msgspec
+
+
+class Event(msgspec.Struct, tag_field="op", tag=str.lower, gc=False, kw_only=True):
+    time: float
+    replica: int | str
+
+
+class OfReplica(Event):
+    replica: Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+
+
+class Ready(OfReplica):
+    """LMCache has started in the replica."""
+
+
+class Degraded(OfReplica):
+    """LMCache did not start in the replica."""
+
+
+class Store(OfReplica):
+    policy: str
+    keys: list[int]
+
+
+class Load(OfReplica):
+    """``tokens`` of each key, the tokens that the lookup ``expected``, and the ``seconds`` that the load took."""
+
+    policy: str
+    keys: list[int]
+    tokens: list[int]
+    expected: int
+    seconds: float = 0.0
+    request: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.tokens):
+            raise ValueError("keys and tokens differ in length")
+
+
+class Request(OfReplica):
+    """Tokens of the ``prompt``, those that vLLM did not schedule (``cached``), and the engine's ``prefill`` rate.
+
+    The rate is that up to the first token, in tokens per second; None if it is not known.
+    """
+
+    policy: str
+    prompt: int
+    cached: int
+    prefill: float | None = None
+
+
+class Lost(Event):
+    """``events`` are missing here: a queue was full, or the disk."""
+
+    events: int
+
+
+class Routing(Event):
+    """The router's counters so far."""
+
+    leaders: int = 0
+    held: int = 0
+    gave_up: int = 0
+    moved: int = 0
+    wait_seconds: float = 0.0
+    longest_wait: float = 0.0
+    break_even_tokens: int | None = None
+
+
+class Step(Event):
+    """verl has logged a step. ``server`` is the status of kvshare server then, if there is one."""
+
+    step: int
+    server: dict[str, int] | None = None
+
+
+_ANY = Ready | Degraded | Store | Load | Request | Lost | Routing | Step
+_decoder = msgspec.json.Decoder(_ANY)
+
+
+def decode(line: bytes) -> Event:
+    try:
+        return _decoder.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return Lost(time=0.0, replica="", events=1)
+
+
+def convert(events: Iterable[dict[str, Any]]) -> list[Event]:
+    """Events from dicts. Raises msgspec.ValidationError for what is no event."""
+    return msgspec.convert(list(events), list[_ANY])
