@@ -32,6 +32,8 @@ def environment(monkeypatch, lmcache_server):
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(REMOTE))
     monkeypatch.setenv("LMCACHE_REMOTE_URL", f"lm://{lmcache_server}")
     monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setattr("ray._private.utils.get_system_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr("ray._private.utils.get_used_memory", lambda: 0)
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "kvshare.verl_plugin")
     return monkeypatch
 
@@ -53,6 +55,7 @@ def job(environment, data, model):
                 f"data.val_files='{data}/test.parquet'",
                 f"+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='{json.dumps(connector)}'",
                 f"actor_rollout_ref.rollout.router_config_path='{ROOT / 'config' / 'router.yaml'}'",
+                "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=1_000_000_000",
                 *overrides,
             ],
         )
@@ -194,9 +197,13 @@ def test_bound_that_is_too_small_is_a_warning(job, environment, tmp_path):
     assert warnings(job())["memory"].startswith("kvshare server keeps 0.00 GiB, a step stores 0.02 GiB")
 
 
-def test_local_tier_larger_than_the_machine_is_a_warning(job, environment):
+def test_local_tier_larger_than_the_machine(job, environment):
+    """A warning where it is all that is known, an error on CPU, where the whole run is known."""
     environment.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "1000")
-    assert warnings(job())["memory"].startswith("max_local_cpu_size 1000 GiB for each of 2 workers is 2000 GiB, this")
+    found = {finding.check: finding for finding in preflight.run(job())}
+    assert found["memory"].text.startswith("max_local_cpu_size 1000 GiB for each of 2 workers is 2000 GiB, this")
+    assert (found["memory"].level, found["host_memory"].level) == ("warning", "error")
+    assert "LMCache 2000.0" in found["host_memory"].text
 
 
 def test_port_that_others_can_reach_is_a_warning(job):
@@ -317,7 +324,6 @@ def test_memory_of_the_host(job, environment):
 
     environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     environment.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "0.5")
-    environment.setattr("ray._private.utils.get_used_memory", lambda: 0)
     environment.setattr("ray._private.utils.get_system_memory", lambda: 24 * 2**30)
     checked = job("trainer.total_epochs=1")
     assert errors(checked) == []

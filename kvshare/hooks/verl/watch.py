@@ -68,13 +68,14 @@ def _start(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
 
 def _watch() -> None:
     seen = 0
-    while threading.main_thread().is_alive():  # not once the driver is ending
+    while seen < LOOKS:
         time.sleep(LOOK_SECONDS)
         seen = seen + 1 if deaths() else 0
-        if seen == LOOKS:
-            _say()
-            sys.stdout.flush()
-            os._exit(1)  # the main thread may wait for ever
+        if not threading.main_thread().is_alive():
+            return  # the driver ends by itself
+    _say()
+    sys.stdout.flush()
+    os._exit(1)  # the main thread may wait for ever
 
 
 def _say() -> None:
