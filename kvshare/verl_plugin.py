@@ -14,5 +14,6 @@ for module, hook in (
     ("verl.utils.distributed", "cpu_platform:patch_process_group"),
     ("verl.utils.model", "critic_attention:patch_critic"),
     ("verl.utils.tracking", "step_metrics:patch_tracking"),
+    ("verl.trainer.constants_ppo", "watch:watch_driver"),
 ):
     when_imported(module, f"verl.{hook}")

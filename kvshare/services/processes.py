@@ -15,6 +15,8 @@ from types import TracebackType
 
 import psutil
 
+from kvshare.services.shared_memory import SharedMemory
+
 GRACE = 15  # seconds between SIGTERM and SIGKILL
 TEMPORARY = "KVSHARE_TMPDIR"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -33,7 +35,7 @@ class Processes:
         self._children: list[subprocess.Popen] = []
 
     def __enter__(self) -> Processes:
-        self._began = time.time()
+        self._shared_memory = SharedMemory(lambda: [process.pid for process in marked(*self._mark)])
         # Use the folder of an outer Processes, which will remove it. The path must be short: Ray's sockets lie there,
         # and a socket path has at most 107 characters.
         self._inherited = os.environ.get(TEMPORARY)
@@ -72,6 +74,7 @@ class Processes:
 
     def end(self) -> None:
         """End all children and marked processes, and remove what they left in /tmp and /dev/shm."""
+        self._shared_memory.stop()
         for child in reversed(self._children):
             _signal_group(child.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE
@@ -83,9 +86,7 @@ class Processes:
         _kill(marked(*self._mark))
         if not self._inherited:
             shutil.rmtree(self._temporary, ignore_errors=True)
-        for orphan in _orphaned_memory(self._began):
-            with contextlib.suppress(OSError):
-                orphan.unlink()
+        self._shared_memory.free()
 
 
 def marked(name: str, value: str) -> list[psutil.Process]:
@@ -115,16 +116,6 @@ def _kill(processes: list[psutil.Process]) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(processes, timeout=GRACE)
-
-
-def _orphaned_memory(since: float) -> list[Path]:
-    """Shared memory created after ``since`` that no process maps. vLLM leaves it when Ray kills an engine."""
-    mapped = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            mapped |= {m.path.removesuffix(" (deleted)") for m in process.memory_maps() if "/psm_" in m.path}
-    blocks = [(path, path.stat()) for path in Path("/dev/shm").glob("psm_*")]
-    return [p for p, s in blocks if s.st_uid == os.getuid() and s.st_ctime >= since and str(p) not in mapped]
 
 
 def _signal_group(pid: int, number: int) -> None:

@@ -15,7 +15,8 @@ from uuid import uuid4
 from rich.console import Console
 
 from kvshare.core.errors import UserError
-from kvshare.record import event_log, report
+from kvshare.launch.preflight.record import move_earlier
+from kvshare.record import report
 from kvshare.services.processes import Processes
 from kvshare.tools import gsm8k, tiny_model
 
@@ -58,7 +59,7 @@ class Demo:
         """
         if not self._launcher.exists():
             raise UserError("the demo runs from a clone of the project: git clone it, then make demo")
-        self._clean()
+        move_earlier(self.folder)
         self._prepare()
         with Processes(("KVSHARE_DEMO", uuid4().hex)) as processes:
             environment = {
@@ -78,12 +79,6 @@ class Demo:
                 raise DemoFailed(f"training failed, exit code {training.returncode}", self.log)
         self.say("done, everything it started has ended")
         return report.write(self.folder)
-
-    def _clean(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (event_log.FILES, "metrics.jsonl", "report.*", "run.json", "*.log"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
 
     def _prepare(self) -> None:
         gsm8k.write(gsm8k.generate(train=256, test=16, seed=0), self.folder / "data", SHOTS, limit=32)

@@ -77,6 +77,18 @@ def test_update_without_global_steps_is_not_silent(server, monkeypatch):
     assert "share no KV until verl calls set_global_steps" in errors[0]
 
 
+def test_engine_that_has_died_is_reported(server, monkeypatch):
+    """With the exit codes of its processes; Ray's own process manager of vLLM has none."""
+    reported = []
+    monkeypatch.setattr(rollout_server.watch, "report_engine", lambda *report: reported.append(report))
+    for manager in (SimpleNamespace(finished_procs=lambda: {"EngineCore": -9}), object()):
+        core = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+        server.engine = SimpleNamespace(errored=True, engine_core=core)
+        asyncio.run(server._watch_engine())
+    name = "vLLM's engine of replica 0"
+    assert reported == [(name, {"EngineCore": -9}), (name, {})]
+
+
 def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypatch, tmp_path):
     errors = []
     monkeypatch.setattr(rollout_server, "READY_SECONDS", 0.01)

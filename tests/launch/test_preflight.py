@@ -14,7 +14,7 @@ from kvshare.core import lmcache_settings, policy, ports, versions
 from kvshare.core.errors import UserError
 from kvshare.launch import preflight
 from kvshare.launch.preflight import environment as environment_check
-from kvshare.launch.preflight import packages, prompts, recipe
+from kvshare.launch.preflight import host_memory, packages, prompts, recipe
 from kvshare.services import health
 from kvshare.services.backends import BACKENDS
 from kvshare.tools import gsm8k
@@ -32,6 +32,8 @@ def environment(monkeypatch, lmcache_server):
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(REMOTE))
     monkeypatch.setenv("LMCACHE_REMOTE_URL", f"lm://{lmcache_server}")
     monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setattr("ray._private.utils.get_system_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr("ray._private.utils.get_used_memory", lambda: 0)
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "kvshare.verl_plugin")
     return monkeypatch
 
@@ -53,6 +55,7 @@ def job(environment, data, model):
                 f"data.val_files='{data}/test.parquet'",
                 f"+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='{json.dumps(connector)}'",
                 f"actor_rollout_ref.rollout.router_config_path='{ROOT / 'config' / 'router.yaml'}'",
+                "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=1_000_000_000",
                 *overrides,
             ],
         )
@@ -194,9 +197,13 @@ def test_bound_that_is_too_small_is_a_warning(job, environment, tmp_path):
     assert warnings(job())["memory"].startswith("kvshare server keeps 0.00 GiB, a step stores 0.02 GiB")
 
 
-def test_local_tier_larger_than_the_machine_is_a_warning(job, environment):
+def test_local_tier_larger_than_the_machine(job, environment):
+    """A warning where it is all that is known, an error on CPU, where the whole run is known."""
     environment.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "1000")
-    assert warnings(job())["memory"].startswith("max_local_cpu_size 1000 GiB for each of 2 workers is 2000 GiB, this")
+    found = {finding.check: finding for finding in preflight.run(job())}
+    assert found["memory"].text.startswith("max_local_cpu_size 1000 GiB for each of 2 workers is 2000 GiB, this")
+    assert (found["memory"].level, found["host_memory"].level) == ("warning", "error")
+    assert "LMCache 2000.0" in found["host_memory"].text
 
 
 def test_port_that_others_can_reach_is_a_warning(job):
@@ -309,6 +316,34 @@ def test_ray_cluster_that_is_up_inherits_nothing(job, environment, tmp_path):
     assert errors(job(*given, f"{forwarded}.LMCACHE_CHUNK_SIZE='256'")) == []
     environment.setenv("RAY_ADDRESS", "local")
     assert errors(job()) == []
+
+
+def test_memory_of_the_host(job, environment):
+    """As in the issue that asked for it: 135M parameters, vocabulary 49,152, two replicas, 24 GiB."""
+    from transformers import Qwen2Config
+
+    environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    environment.setenv("LMCACHE_MAX_LOCAL_CPU_SIZE", "0.5")
+    environment.setattr("ray._private.utils.get_system_memory", lambda: 24 * 2**30)
+    checked = job("trainer.total_epochs=1")
+    assert errors(checked) == []
+    assert checked.facts["host_memory"].startswith("about 10.")
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    config = Qwen2Config(**shape, num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True)
+    environment.setattr("transformers.AutoConfig.from_pretrained", lambda *args, **kwargs: config)
+    model = host_memory.training(checked)
+    assert model.parameters == 134_543_808
+    rows, length = host_memory.micro_batch(checked)
+    assert model.logits == rows * length * 49_152 * 4
+    with pytest.raises(
+        UserError, match=r"the run takes about 2\d.\d GiB of host memory .* Ray kills it above 22.8: lower"
+    ):
+        list(host_memory.host_memory(checked))
+    environment.setattr("ray._private.utils.get_system_memory", lambda: 64 * 2**30)
+    assert list(host_memory.host_memory(checked)) == []
+    environment.setattr("ray._private.utils.get_used_memory", lambda: 50 * 2**30)
+    (line,) = host_memory.host_memory(checked)
+    assert "and 50.0 are in use now: end something else" in line
 
 
 def test_key_too_long_for_lm(job, environment):

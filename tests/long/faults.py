@@ -6,10 +6,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
+import pytest
 from backend import BACKENDS, BOUND
 from conftest import CHUNK
 
-from kvshare.tools.demo import Demo, failures
+from kvshare.services.processes import marked
+from kvshare.tools.demo import Demo, DemoFailed, failures
 
 STEPS = 8  # LMCache's server takes two or three to start beside them
 REQUESTS = 2000
@@ -58,6 +60,31 @@ def test_server_is_killed_in_step_2_and_back_in_step_3(processes, tmp_path, monk
     later = shared[done_before[0] + 1 :]
     assert later
     assert all(later)
+
+
+@pytest.mark.parametrize("victim", ["VLLM::EngineCore", "ray::KVShareServer"])
+def test_replica_dies_and_the_run_ends(tmp_path, pytestconfig, victim):
+    """By itself, with a line that says what has died; verl alone would stand still."""
+    demo = Demo(tmp_path / "run", [f"trainer.total_epochs={STEPS}"], pytestconfig.getoption("backend"))
+    killed = []
+
+    def sabotage():
+        while not _steps(demo):
+            time.sleep(0.2)
+        ours = marked("KVSHARE_RUN_DIR", str(demo.folder))
+        killed.append(next(process for process in ours if process.cmdline()[0].startswith(victim)))
+        killed[0].kill()
+
+    threading.Thread(target=sabotage, daemon=True).start()
+    with pytest.raises(DemoFailed):
+        demo.run()
+    log = demo.log.read_text().splitlines()
+    (line,) = [line for line in log if line.startswith("kvshare: training cannot go on: ")]
+    print(f"\n{line}")
+    assert ("vLLM's engine of replica" if "Engine" in victim else "KVShareServer") in line
+    assert ("with signal 9" if "Engine" in victim else f"(pid {killed[0].pid} on") in line
+    assert list(demo.folder.glob("worker-*.out"))
+    assert marked("KVSHARE_RUN_DIR", str(demo.folder)) == []
 
 
 def _steps(demo):

@@ -122,19 +122,30 @@ def test_nothing_is_trained_when_preflight_fails(launch):
     assert (launcher.returncode, out) == (2, "")
 
 
-def test_orphaned_shared_memory_is_freed(tmp_path):
-    """What a killed child leaves in /dev/shm goes, what a living process maps stays."""
-    code = (
-        "from multiprocessing import shared_memory, resource_tracker as t; import os, signal\n"
-        "m = shared_memory.SharedMemory(create=True, size=4096); t.unregister(m._name, 'shared_memory')\n"
-        "print(m.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    )
+SEGMENT = (
+    "from multiprocessing import shared_memory, resource_tracker as t; import time\n"
+    "m = shared_memory.SharedMemory(create=True, size=4096); t.unregister(m._name, 'shared_memory')\n"
+    "print(m.name, flush=True); time.sleep(600)"
+)
+"""Makes a segment that nobody removes when the process is killed."""
+
+
+@pytest.mark.parametrize("killed_earlier", [True, False])
+def test_shared_memory_of_killed_processes_is_freed_and_no_neighbours(tmp_path, killed_earlier):
+    """The neighbour's process is not to be seen: it has the same /dev/shm in another container."""
+    log = tmp_path / "log"
     with Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
-        ours = shared_memory.SharedMemory(create=True, size=4096)
-        processes.start([sys.executable, "-c", code], tmp_path / "log").wait()
-        orphan = Path("/dev/shm") / (tmp_path / "log").read_text().strip()
-        assert orphan.exists()
-    assert not orphan.exists()
-    assert Path("/dev/shm", ours.name).exists()
-    ours.close()
-    ours.unlink()
+        neighbour = shared_memory.SharedMemory(create=True, size=4096)
+        neighbour.close()  # nobody maps it
+        child = processes.start([sys.executable, "-c", SEGMENT], log)
+        while not (name := log.read_text().strip()):
+            assert child.poll() is None
+            time.sleep(0.05)
+        while killed_earlier and name not in processes._shared_memory.ours:
+            time.sleep(0.05)
+        if killed_earlier:
+            processes.kill(child)
+        assert Path("/dev/shm", name).exists()
+    assert not Path("/dev/shm", name).exists()
+    assert Path("/dev/shm", neighbour.name).exists()
+    neighbour.unlink()

@@ -21,6 +21,7 @@ from vllm.v1.engine import async_llm
 
 from kvshare.core import lmcache_settings, p2p_replica, policy, ports
 from kvshare.hooks import check
+from kvshare.hooks.verl import watch
 from kvshare.hooks.verl.cpu_platform import is_cpu
 from kvshare.record import worker_events
 from kvshare.record.event_log import RUN_DIR, EventLog
@@ -76,9 +77,19 @@ class KVShareServer(vLLMHttpServer):
     async def run_server(self, args: argparse.Namespace) -> None:
         await super().run_server(args)
         self._recording = asyncio.create_task(self._record_events())
+        self._watching = asyncio.create_task(self._watch_engine())
         self.engine.generate = self._stamping(self.engine.generate)  # type: ignore[method-assign, assignment]
         if args.kv_transfer_config is not None:
             self._checking = asyncio.create_task(self._check_ready())
+
+    async def _watch_engine(self) -> None:
+        """Report the end of the engine: the actor outlives it, and verl may not ask anything of it."""
+        while not self.engine.errored:
+            await asyncio.sleep(1)
+        await asyncio.sleep(1)  # a process that says that it will end may not have ended yet
+        manager = self.engine.engine_core.resources.engine_manager
+        ended: dict[str, int] = getattr(manager, "finished_procs", dict)()  # absent where Ray manages vLLM's processes
+        watch.report_engine(f"vLLM's engine of replica {self.replica_rank}", ended)
 
     async def _check_ready(self) -> None:
         try:

@@ -16,7 +16,7 @@ from kvshare.core.errors import UserError
 from kvshare.core.job import Job as Job
 from kvshare.core.job import one_line
 from kvshare.launch.forecast import Forecast
-from kvshare.launch.preflight import environment, lmcache, memory, packages, recipe, service
+from kvshare.launch.preflight import environment, host_memory, lmcache, memory, packages, recipe, service
 from kvshare.launch.preflight.record import describe as describe
 from kvshare.launch.preflight.record import record as record
 
@@ -33,7 +33,7 @@ STAGES: tuple[tuple[Check, ...], ...] = (
         *(recipe.connector, recipe.router, service.service),
     ),
 )
-WARNINGS: tuple[Check, ...] = (memory.forecast, memory.memory, recipe.graphs, service.exposure)
+WARNINGS: tuple[Check, ...] = (memory.forecast, memory.memory, host_memory.host_memory, recipe.graphs, service.exposure)
 
 
 class Finding(NamedTuple):

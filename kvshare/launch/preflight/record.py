@@ -17,14 +17,19 @@ OF_A_RUN = ("run.json", "metrics.jsonl", event_log.FILES, "report.*")
 
 
 def record(job: Job, folder: Path) -> None:
-    """Write ``run.json`` to ``folder``. Files of an earlier run there are moved to ``earlier-<time>``."""
+    """Write ``run.json`` to ``folder``."""
+    move_earlier(folder)
+    (folder / "run.json").write_text(json.dumps(describe(job), indent=2) + "\n")
+
+
+def move_earlier(folder: Path) -> None:
+    """Make ``folder``, or move the files of an earlier run there to ``earlier-<time>``."""
     folder.mkdir(parents=True, exist_ok=True)
     if old := [path for pattern in OF_A_RUN for path in folder.glob(pattern)]:
         aside = folder / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.mkdir(exist_ok=True)
         for path in old:
             path.rename(aside / path.name)
-    (folder / "run.json").write_text(json.dumps(describe(job), indent=2) + "\n")
 
 
 def describe(job: Job) -> dict[str, Any]:
