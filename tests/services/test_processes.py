@@ -138,12 +138,9 @@ def test_shared_memory_of_killed_processes_is_freed_and_no_neighbours(tmp_path, 
         neighbour = shared_memory.SharedMemory(create=True, size=4096)
         neighbour.close()  # nobody maps it
         child = processes.start([sys.executable, "-c", SEGMENT], log)
-        while not (name := log.read_text().strip()):
-            assert child.poll() is None
-            time.sleep(0.05)
-        while killed_earlier and name not in processes._shared_memory.ours:
-            time.sleep(0.05)
+        name = until(lambda: log.read_text().strip(), child)
         if killed_earlier:
+            until(lambda: name in processes._shared_memory.ours, child)
             processes.kill(child)
         assert Path("/dev/shm", name).exists()
     assert not Path("/dev/shm", name).exists()
