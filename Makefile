@@ -5,7 +5,7 @@ UV := .venv-uv/bin/uv
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
 .PHONY: demo demo-p2p demo-mp tiny-model install test test-npu test-gpu-install test-gpu-file freshness routing faults \
-  p2p bench forecast verify wheel lint lock clean
+  soak p2p bench forecast verify wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -51,8 +51,13 @@ routing: .venv/dev
 
 # Faults on live engines, and a server that is killed and restarted under verl (docs/reliability.md).
 faults: .venv/dev
-	$(BIN)/pytest -s tests/hooks/test_live_faults.py tests/services/test_lm_server.py tests/long/faults.py
+	$(BIN)/pytest -s tests/hooks/test_live_faults.py tests/services/test_lm_server.py tests/long/faults.py \
+	  tests/long/tensor_parallel.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_faults.py tests/long/faults.py -k "not soak"
+
+# One engine for hours: weight updates and faults (SOAK_REQUESTS=400 for minutes).
+soak: .venv/dev
+	$(BIN)/pytest -s tests/long/soak.py
 
 # The forecast compared with measurements under verl, about 15 minutes.
 forecast: .venv/dev

@@ -54,16 +54,17 @@ class EventLog:
 
     Args:
         replica: rank of the replica, or "router", or "trainer".
+        node: rank of the node within the replica. Each node has a file of its own.
     """
 
-    def __init__(self, replica: int | str, folder: str | None) -> None:
+    def __init__(self, replica: int | str, folder: str | None, node: int = 0) -> None:
         self._replica = replica
         self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUED)
         self._lock = threading.Lock()
         self._lost = 0
         self._thread: threading.Thread | None = None
         if folder:
-            self._file = LogFile(Path(folder), replica)
+            self._file = LogFile(Path(folder), f"{replica}-node{node}" if node else replica)
             self._thread = threading.Thread(target=self._run, name="kvshare-event-log", daemon=True)
             self._thread.start()
             atexit.register(self.close)

@@ -1,6 +1,6 @@
 """Sends events from vLLM's worker processes to the process that started the engine, over a zmq socket on this host.
 
-An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load", …}`` (see hooks/lmcache/events.py).
+An event is a small dict: ``{"op": "ready" | "store" | "stored" | "load" | "partial", …}`` (hooks/lmcache/events.py).
 Sending never blocks and never raises: an event that cannot be sent at once is dropped. The next one that is sent says
 how many were ``dropped`` before it. Any process on this host can send to the socket, so the receiver checks each
 message, and logs and skips a malformed one.
@@ -61,7 +61,8 @@ class _Event(msgspec.Struct, tag_field="op", tag=str.lower, kw_only=True, omit_d
     dropped: int = 0
 
 
-class Ready(_Event): ...
+class Ready(_Event):
+    rank: int
 
 
 class _OfRequest(_Event):
@@ -89,7 +90,11 @@ class Load(_OfRequest):
             raise ValueError("keys and tokens differ in length")
 
 
-_decoder = msgspec.json.Decoder(Ready | Store | Stored | Load)
+class Partial(_OfRequest):
+    tokens: int
+
+
+_decoder = msgspec.json.Decoder(Ready | Store | Stored | Load | Partial)
 
 
 class Receiver:

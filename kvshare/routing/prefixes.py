@@ -42,7 +42,8 @@ class StoredPrefixes:
 
     def __init__(self, remember: int = 10_000) -> None:
         self._stored: LRUCache = LRUCache(maxsize=remember)  # Key -> True
-        self._prefills: dict[str, Prefill] = {}
+        # By request id. A lost event leaves a prefill here after its request has ended.
+        self._prefills: LRUCache = LRUCache(maxsize=remember)
         self._waiting: dict[Key, set[asyncio.Future[bool]]] = {}
 
     async def wait(self, key: Key, seconds: float) -> bool:
@@ -51,8 +52,12 @@ class StoredPrefixes:
             return True
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, set()).add(future)
-        done, _ = await asyncio.wait([future], timeout=seconds)
-        return bool(done) and future.result()
+        try:
+            return await asyncio.wait_for(future, seconds)
+        except TimeoutError:
+            return False
+        finally:
+            self._stop_waiting(key, future)
 
     def started(self, request: str, prefill: Prefill) -> None:
         if prefill.prefix:
@@ -88,6 +93,12 @@ class StoredPrefixes:
         """Tell all waiting requests that their prefixes will not be stored, because the weights change."""
         for key in list(self._waiting):
             self._resolve(key, False)
+
+    def _stop_waiting(self, key: Key, future: asyncio.Future[bool]) -> None:
+        if waiting := self._waiting.get(key):
+            waiting.discard(future)
+            if not waiting:
+                del self._waiting[key]
 
     def _forget_if_over(self, request: str, prefill: Prefill) -> None:
         if prefill.ended and not prefill.storing:

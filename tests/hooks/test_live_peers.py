@@ -9,6 +9,7 @@ from peers import Controller, Peer
 from waiting import until
 
 WHOLE = 512  # tokens, two chunks
+BYTES = 2 * 2 * 2 * 64 * 4  # of KV of a token, as in peer.py
 numbers = itertools.count()
 
 
@@ -83,6 +84,25 @@ def test_controller_dies_and_returns(peers, controller):
 
 
 @pytest.mark.slow
+def test_peer_hangs_and_goes_on(peers):
+    """One load waits for it, whatever is asked meanwhile; its memory is free once the peer can write no more."""
+    one, _, three = peers
+    known = [next(numbers) for _ in range(3)]
+    for number in known:
+        three.store(number)
+    time.sleep(0.2)
+    assert one.used() == 0
+    three.stop()
+    try:
+        assert [one.load(number) for number in known] == [0, 0, 0]
+        assert one.used() == WHOLE * BYTES
+    finally:
+        three.resume()
+    wait_until_shared(three, one)
+    until(lambda: one.used() == 0)
+
+
+@pytest.mark.slow
 def test_peer_dies_and_returns(peers, start):
     one, two, three = peers
     known = next(numbers)
@@ -91,6 +111,7 @@ def test_peer_dies_and_returns(peers, start):
     three.kill()
     assert one.load(known) == 0
     assert loads(one, two) == WHOLE
+    until(lambda: one.used() == 0)
     peers[2] = three = start(2, "again")
     for writer, reader in itertools.permutations(peers, 2):
         wait_until_shared(writer, reader)

@@ -110,12 +110,12 @@ def key_hash(rank):
 AGENT = """
 import os, signal, sys, time
 from pathlib import Path
-from kvshare.hooks.lmcache import p2p_peers
-p2p_peers.patch_nixl(None)
+from kvshare.hooks.lmcache import nixl_agents
+nixl_agents.patch_nixl(None)
 from nixl._api import nixl_agent, nixl_agent_config
 threads = lambda: set(Path("/proc/self/task").iterdir())
 before = threads()
-with p2p_peers.nixl_agents(thread={thread}):
+with nixl_agents.nixl_agents(thread={thread}):
     agent = nixl_agent(sys.argv[1], nixl_agent_config(backends=["UCX"]))
 new = threads() - before
 """

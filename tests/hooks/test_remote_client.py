@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 from waiting import STUCK, until
 
 from kvshare import vllm_plugin
+from kvshare.hooks.lmcache.remote_puts import Puts
 
 SHAPE = torch.Size([2, 4, 256, 16])  # K and V, layers, tokens, hidden
 CHUNK_BYTES = SHAPE.numel() * 4
@@ -33,6 +36,7 @@ class Cache:
 
     def __init__(self, address, room, timeout):
         from lmcache.v1.storage_backend.remote_backend import RemoteBackend
+        from lmcache.v1.storage_backend.storage_manager import StorageManager
 
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -47,20 +51,25 @@ class Cache:
         metadata = LMCacheMetadata("qwen", 1, 1, 0, 0, torch.float32, (4, 2, 256, 1, 16))
         self.local = LocalCPUBackend(config, metadata, "cpu")
         self.remote = RemoteBackend(config, metadata, self.loop, self.local, "cpu")
+        self.manager = StorageManager.__new__(StorageManager)
+        self.manager.storage_backends, self.manager.allocator_backend = {"RemoteBackend": self.remote}, self.local
+        self.manager._bypass_lock, self.manager._bypassed_backends = threading.Lock(), set()
 
     def put(self, numbers):
-        """Returns when all is done, as LMCache reports it."""
-        done = threading.Semaphore(0)
+        """Returns when all is done: whether it can be found, as kvshare reports it."""
+        return self.start_put(numbers).result(STUCK)
+
+    def start_put(self, numbers):
+        """As LMCache's store() does it."""
+        ended, puts = Future(), Puts()
         chunks = [self.local.allocate(SHAPE, torch.float32, MemoryFormat.KV_2LTD, busy_loop=False) for _ in numbers]
         for number, chunk in zip(numbers, chunks, strict=True):
             chunk.tensor.fill_(number)
-        self.remote.batched_submit_put_task(
-            [key(n) for n in numbers], chunks, on_complete_callback=lambda _: done.release()
-        )
-        for chunk in chunks:
-            chunk.ref_count_down()
-        for _ in numbers:
-            assert done.acquire(timeout=STUCK)
+        Puts.current.value = puts
+        self.manager.batched_put([key(n) for n in numbers], chunks)
+        Puts.current.value = None
+        puts.when_ended(ended.set_result)
+        return ended
 
     def get(self, numbers):
         """Whether each arrived, and right."""
@@ -136,6 +145,43 @@ def test_retry_has_no_time_of_its_own(open_cache, backend):
     cache = open_cache(timeout=TIMEOUT)
     backend.does, backend.delay = "drop once", 0.7 * TIMEOUT
     assert cache.found([1210]) == 0
+
+
+def test_a_put_says_whether_it_can_be_found(open_cache, backend):
+    """While the server is up, when it goes away in the middle of a store, while it is away, and again."""
+    cache = open_cache()
+    assert cache.put(range(1240, 1250))
+    backend.does, backend.asked = "slow", 0
+    storing = cache.start_put(range(1250, 1260))
+    while backend.asked < 3:
+        time.sleep(0.01)
+    backend.does = "refuse"
+    assert storing.result(STUCK) is False
+    assert not cache.put(range(1260, 1270))
+    backend.does = "serve"
+    while not cache.put([1270]):
+        time.sleep(0.1)
+    assert [cache.found(range(start, start + 10)) for start in (1240, 1260)] == [10, 0]
+    assert cache.found(range(1250, 1260)) < 10
+    assert cache.used() == 0
+    assert cache.remote.kvshare_puts == {}
+
+
+def test_a_key_that_another_request_is_putting(open_cache, backend):
+    cache = open_cache()
+    backend.does, backend.delay = "slow", 0.2 * TIMEOUT
+    first, second = cache.start_put([1280]), cache.start_put([1280])
+    assert first.result(STUCK)
+    assert second.result(STUCK)
+    assert cache.found([1280]) == 1
+
+
+def test_a_backend_that_lmcache_bypasses(open_cache):
+    """Its health monitor has found the server away."""
+    cache = open_cache()
+    cache.manager._bypassed_backends = {"RemoteBackend"}
+    assert not cache.put([1290])
+    assert cache.remote.kvshare_puts == {}
 
 
 def test_closed_while_the_server_is_away(open_cache, backend):

@@ -11,6 +11,7 @@ from waiting import STUCK
 
 from kvshare.core import policy
 from kvshare.hooks.verl import rollout_server
+from kvshare.hooks.verl.loads import Loads
 from kvshare.hooks.verl.rollout_server import KVShareReplica, KVShareServer, _salted, _server_class, _tag
 from kvshare.record import worker_events
 from kvshare.record.event_log import EventLog
@@ -94,13 +95,18 @@ def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypa
     monkeypatch.setattr(rollout_server, "READY_SECONDS", 0.01)
     monkeypatch.setattr(rollout_server.logger, "error", lambda text, *args: errors.append(text % args))
     server._ready, server._event_log = asyncio.Event(), EventLog(0, str(tmp_path))
+    server._not_ready = {0, 1, 2}
 
     async def scenario():
+        server._record({"op": "ready", "rank": 0})
         checking = asyncio.create_task(server._check_ready())
         while not errors:
             await asyncio.sleep(0.01)
-        assert "replica 0 shares NO KV" in errors[0]
-        server._record({"op": "ready"})
+        assert "replica 0 shares NO KV: LMCache did not start on rank 1, 2" in errors[0]
+        server._record({"op": "ready", "rank": 2})
+        await asyncio.sleep(0)
+        assert len(errors) == 1
+        server._record({"op": "ready", "rank": 1})
         await checking
 
     asyncio.run(asyncio.wait_for(scenario(), STUCK))
@@ -111,8 +117,8 @@ def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypa
 
 
 def test_events_that_a_worker_dropped_are_in_the_record(server, tmp_path):
-    server._event_log, server._ready = EventLog(0, str(tmp_path)), asyncio.Event()
-    server._record({"op": "ready", "dropped": 3})
+    server._event_log, server._ready, server._not_ready = EventLog(0, str(tmp_path)), asyncio.Event(), {0}
+    server._record({"op": "ready", "rank": 0, "dropped": 3})
     server._event_log.close()
     lost, ready = Reader(tmp_path).read()
     assert (lost.events, type(ready).__name__) == (3, "Ready")
@@ -147,6 +153,7 @@ def test_tag_keeps_what_was_there():
 def test_adapter_is_part_of_the_policy(server):
     """The stamp of a request with a LoRA adapter differs from one without."""
     server._prefixes = server._event_log = server._ready = _Anything()
+    server._loads = Loads()
     server._chunk_size = 256
     stamps = []
 

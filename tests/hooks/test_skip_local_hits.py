@@ -42,6 +42,9 @@ def connector():
         def start_load_kv(self, forward_context):
             pass
 
+        def request_finished(self, request, block_ids):
+            return False, None
+
     module = ModuleType(ADAPTER)
     module.LMCacheConnectorV1Impl = LMCacheConnectorV1Impl
     module.extract_request_configs = lambda sampling_params: {}
@@ -154,3 +157,14 @@ def test_a_lookup_that_has_timed_out_is_over(monkeypatch):
         answers.append(patched(("r",), {}))
         time.sleep(0.01)
     assert answers == [-1, 0, 0, 0]
+
+
+def test_a_request_that_was_never_scheduled_leaves_nothing_behind(connector):
+    connector.found, connector.async_loading = 0, False
+    forgotten = []
+    connector.lookup_client = SimpleNamespace(clear_lookup_status=forgotten.append)
+    for name in ("a", "b"):
+        ask(connector, name, 0 if name == "a" else 4 * CHUNK)
+    assert list(connector.load_specs) == ["b"]
+    connector.request_finished(request("b"), [])
+    assert (connector.load_specs, connector._requests_priority, forgotten) == ({}, {}, ["b"])

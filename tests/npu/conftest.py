@@ -21,7 +21,7 @@ from kvshare import vllm_plugin
 from kvshare.hooks.patch import PATCHES
 
 VLLM_ASCEND = Path(sys.prefix) / "vllm-ascend"
-NOT_ON_ASCEND = "lmcache.mp_"  # the multi-process server: docs/backends.md
+NOT_ON_ASCEND = ("lmcache_mp_", "multi_process", "multiprocess")  # the multi-process server: docs/backends.md
 os.environ["PYTHONHASHSEED"] = "0"
 
 
@@ -52,12 +52,14 @@ def wraps(request) -> list[tuple[types.ModuleType, str]]:
     if os.environ.get("LMCACHE_ASCEND"):
         request.getfixturevalue("lmcache_ascend")
     vllm_plugin.register()
+    sys.modules["torch_npu"] = types.ModuleType("torch_npu")  # LMCache-Ascend's P2P backend imports it
     for name in hooked():
         importlib.import_module(name)
+    del sys.modules["torch_npu"]  # others take it for an NPU
     return [(patch.module, patch.path) for patch in PATCHES]
 
 
 def hooked() -> list[str]:
     """Modules that the plugin has hooks for, of those that can be here."""
-    names = [module for module, hook in vllm_plugin._HOOKS if not hook.startswith(NOT_ON_ASCEND)]
+    names = [module for module, _ in vllm_plugin._HOOKS if not any(part in module for part in NOT_ON_ASCEND)]
     return [name for name in names if os.environ.get("LMCACHE_ASCEND") or not name.startswith("lmcache_ascend")]

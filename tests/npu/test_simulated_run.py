@@ -1,10 +1,12 @@
 """Two replicas and a weight update, with the token database, keys and connector of LMCache 0.4.4."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from importlib.metadata import version
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from lmcache.integration.vllm.lmcache_connector_v1 import LMCacheConnectorV1Dyna
 from lmcache.v1.config import LMCacheEngineConfig
 from lmcache.v1.memory_management import AdHocMemoryAllocator
 from lmcache.v1.metadata import LMCacheMetadata
+from lmcache.v1.storage_backend.p2p_backend import P2PBackend
+from lmcache.v1.storage_backend.storage_manager import StorageManager
 from lmcache.v1.token_database import ChunkedTokenDatabase, TokenDatabase
 from vllm import SamplingParams
 
 from kvshare.core import policy
-from kvshare.hooks.lmcache import events, keys
+from kvshare.hooks.lmcache import keys, p2p_memory, p2p_peers, remote_puts
 from kvshare.record import worker_events
 from kvshare.services import lm_server
 from kvshare.services.store import Store
@@ -149,8 +153,16 @@ def test_ascends_engine_reports_its_stores(lmcache_ascend, monkeypatch):
     engine = AscendLMCacheEngine.__new__(AscendLMCacheEngine)
     engine.token_database = database()
     engine.metadata, engine.lmcache_worker = engine.token_database.metadata, None
-    monkeypatch.setattr(engine, "_log_kvcache_for_check", lambda **kwargs: None, raising=False)
-    monkeypatch.setattr(engine, "is_frozen", lambda: True)
+    manager = engine.storage_manager = StorageManager.__new__(StorageManager)
+    manager.storage_backends, manager.allocator_backend = {}, object()
+    manager.allocate = lambda *args, **kwargs: mock.MagicMock(get_size=lambda: 1)
+    stats = mock.Mock(time_to_store=lambda: 1.0, process_tokens_time=0.0, from_gpu_time=0.0, put_time=0.0)
+    stats.profile_process_tokens = stats.profile_put = contextlib.nullcontext
+    engine.stats_monitor = mock.Mock(on_store_request=lambda tokens: stats)
+    engine.gpu_connector = SimpleNamespace(batched_from_gpu=lambda *args, **kwargs: None)
+    engine.config, engine.kv_events_enabled, engine.store_location = engine.token_database.config, False, None
+    engine._engine_state_lock, engine.fmt, engine.is_frozen = threading.Lock(), None, lambda: False
+    engine._log_kvcache_for_check = lambda **kwargs: None
     configs = {policy.TAG: policy.policy_id(RUN, 1), worker_events.REQUEST: "r"}
     mask = torch.ones(len(TOKENS), dtype=torch.bool)
     mask[:CHUNK] = False
@@ -160,7 +172,54 @@ def test_ascends_engine_reports_its_stores(lmcache_ascend, monkeypatch):
     assert (store["op"], store["keys"], store["request"]) == ("store", expected[1:], "r")
     assert (stored["op"], stored["end"]) == ("stored", 3 * CHUNK)
     assert store["policy"] == policy.policy_id(RUN, 1)
-    assert events.Puts.current.value is None
+    assert remote_puts.Puts.current.value is None
+
+
+class Memory:
+    def __init__(self, size):
+        self.size, self.freed = size, 0
+
+    def get_size(self):
+        return self.size
+
+    def ref_count_down(self):
+        self.freed += 1
+
+
+def test_ascends_p2p_backend_holds_the_memory_of_failed_loads(lmcache_ascend):
+    """Its peer may still write there. Its constructor does not call that of LMCache's backend."""
+    from lmcache_ascend.v1.storage_backend.p2p_backend import AscendP2PBackend
+
+    backend, asked = AscendP2PBackend.__new__(AscendP2PBackend), []
+    backend.config = SimpleNamespace(max_local_cpu_size=1, save_unfull_chunk=False)
+    backend.local_cpu_backend = SimpleNamespace(allocate=lambda *args, busy_loop: Memory(2**27))
+    p2p_peers._init_ascend(lambda *args, **kwargs: None, backend, (), {})
+    backend.pull_mode = backend.use_npu = False
+    backend.full_size_shapes = backend.dtypes = backend.fmt = None
+    backend.transfer_channel = SimpleNamespace(get_local_buffer_refs=lambda memory: ([], []))
+    backend.peer_init_url, backend.loop = "own", asyncio.new_event_loop()
+
+    async def no_answer(*args):
+        asked.append(args)
+
+    backend._send_lookup_request_with_retry = no_answer
+    (_, _, key), *_ = database().process_tokens(TOKENS)
+    spec = {"target_peer_url": "other", "cum_chunk_lengths": [0, CHUNK]}
+    for _ in range(5):
+        assert backend.loop.run_until_complete(backend.batched_get_non_blocking("lookup", [key], spec)) == []
+    held = backend._kvshare_held
+    assert held.bytes() == len(asked) * 2**27 == (p2p_memory.SHARE + 1 / 8) * 2**30
+    assert not any(memory.freed for memory in held._memory["unknown"])
+
+
+def test_a_p2p_backend_that_is_not_known_frees_memory_as_lmcache_does():
+    class Other(P2PBackend):
+        def __init__(self):
+            pass
+
+    memory = Memory(1)
+    Other()._cleanup_memory_objects([memory])
+    assert memory.freed == 1
 
 
 def test_lm_client():

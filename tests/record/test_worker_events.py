@@ -22,10 +22,12 @@ LOAD = {
     "expected": 256,
     "seconds": 0.1,
 }
+READY = b'{"op": "ready", "rank": 1}'
 EVENTS = [
-    {"op": "ready"},
+    {"op": "ready", "rank": 1},
     {"op": "store", "request": None, "policy": "", "keys": [1]},
     {"op": "stored", "request": "r", "policy": "p", "end": 0, "seconds": 0.0},
+    {"op": "partial", "request": "r", "policy": "p", "tokens": 0},
     LOAD,
 ]
 
@@ -35,10 +37,10 @@ async def receive(*messages):
     receiver = worker_events.Receiver()
     with zmq.Context.instance().socket(zmq.PUSH) as socket:
         socket.connect(receiver.address)
-        for message in (*messages, b'{"op": "ready"}'):
+        for message in (*messages, READY):
             socket.send(message)
         taken = []
-        while not taken or taken[-1] != {"op": "ready"}:
+        while not taken or taken[-1] != EVENTS[0]:
             taken.append(await asyncio.wait_for(receiver.receive(), STUCK))
     return taken[:-1]
 

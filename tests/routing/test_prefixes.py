@@ -59,3 +59,19 @@ def test_prompts_share_the_digests_of_what_they_share():
     one, other = chunk_digests([1] * 512 + [2] * 256, 256), chunk_digests([1] * 512 + [3] * 256, 256)
     assert one[:2] == other[:2]
     assert one[2] != other[2]
+
+
+def test_lost_events_leave_nothing_behind():
+    """Each request stores, and its end is told, but not that its KV has arrived; nobody answers who waits."""
+
+    async def scenario():
+        prefixes = StoredPrefixes(remember=10)
+        for number in range(100):
+            key = ("policy", str(number))
+            prefixes.started(str(number), Prefill(*key, tokens=512))
+            prefixes.storing(str(number))
+            prefixes.ended(str(number))
+            assert not await prefixes.wait(key, 0)
+        return len(prefixes._prefills), len(prefixes._waiting)
+
+    assert asyncio.run(scenario()) == (10, 0)

@@ -43,6 +43,7 @@ class Backend:
         self.does = "serve"
         self.delay = 0.05  # seconds, of each answer while it is slow
         self.asked = 0  # requests that came
+        self.of = b""  # part of the keys that it misbehaves for
         self._processes, self._log = processes, log
         self._port = ports.free_port()
         self.start()
@@ -132,7 +133,7 @@ class Remote(Backend):
     def _exchange(self, client: socket.socket, server: socket.socket) -> None:
         header = _read(client, HEADER.size)
         command, length, *_ = HEADER.unpack(header)
-        does = self.does
+        does = self.does if self.of in header else "serve"
         self.asked += 1
         if does == "refuse":
             raise EOFError

@@ -41,6 +41,7 @@ class Engine:
         host: address it listens on.
         inside: command to run it with, e.g. in another network namespace.
         connector: vLLM's name for it; None: without one.
+        options: more of vLLM's.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Engine:
         host: str = "127.0.0.1",
         inside: tuple[str, ...] = (),
         connector: str | None = "LMCacheConnectorV1",
+        options: tuple[str, ...] = (),
     ) -> None:
         self.events: list[dict[str, Any]] = []
         self._marks: set[str] = set()
@@ -65,7 +67,7 @@ class Engine:
         self._worker = f"http://127.0.0.1:{internal + 1}"  # LMCache's own API of worker 0
         command = [*inside, sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
-        command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details"]
+        command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details", *options]
         command += ["--enable-server-load-tracking"]
         command += ["--worker-extension-cls", "worker.Marks"]
         if connector:
@@ -87,11 +89,11 @@ class Engine:
         paths = str(SUPPORT), environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")
         path = os.pathsep.join(filter(None, paths))
         self._processes = processes
-        self._process = processes.start(command, log, {**settings, **environment, "PYTHONPATH": path})
+        self.process = processes.start(command, log, {**settings, **environment, "PYTHONPATH": path})
 
     def wait(self) -> Engine:
         """Until it is healthy; fails at once, with the log's end, when it has died."""
-        until(self._healthy, self._process, self.log)
+        until(self._healthy, self.process, self.log)
         return self
 
     def _healthy(self) -> bool:
@@ -101,9 +103,9 @@ class Engine:
             return False
         return True
 
-    def ready(self) -> bool:
-        """Whether LMCache is, in its worker."""
-        return any(event["op"] == "ready" for event in self.events)
+    def ready(self, ranks: int = 1) -> bool:
+        """Whether LMCache is, in its workers."""
+        return {event["rank"] for event in self.events if event["op"] == "ready"} == set(range(ranks))
 
     def ask(
         self,
@@ -175,7 +177,7 @@ class Engine:
         return vllm_http.metrics(vllm_http.get(f"{self._worker}/metrics")).get("lmcache:local_cache_usage", 0)
 
     def kill(self) -> None:
-        self._processes.kill(self._process)
+        self._processes.kill(self.process)
 
     def _listen(self, address: str) -> None:
         socket = zmq.Context.instance().socket(zmq.PULL)

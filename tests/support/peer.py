@@ -77,6 +77,12 @@ class Peer:
         same = all(torch.equal(a[:blocks], b[:blocks]) for a, b in zip(self.cache, self._kv(number), strict=True))
         return found if same else -1
 
+    def used(self, _):
+        """With LMCache's tier emptied first: what is left is held by loads."""
+        local = self.engine.storage_manager.local_cpu_backend
+        local.clear()
+        return local.memory_allocator.cpu_allocator.total_allocated_size
+
     def _tokens(self, number):
         rng = random.Random(number)
         return torch.tensor([rng.randrange(1000) for _ in range(TOKENS)])

@@ -1,5 +1,6 @@
 """A real lmcache_controller, and replicas without vLLM (peer.py), to kill and start again."""
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,16 @@ class Peer:
 
     def kill(self):
         self._processes.kill(self._process)
+
+    def stop(self):
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self):
+        self._process.send_signal(signal.SIGCONT)
+
+    def used(self):
+        """Bytes of LMCache's local memory that are not free."""
+        return self._ask("used", 0)
 
     def _ask(self, command, number):
         self._socket.send_json([command, number])

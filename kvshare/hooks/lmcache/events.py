@@ -3,25 +3,28 @@
 The counters of vLLM and LMCache count lookups, so a failed load counts as a hit. They cannot tell another replica's KV
 from the replica's own. These events name the keys, so the report can:
 
-* ``ready``: the LMCache engine of this worker has started. In degraded mode, this event never comes.
-* ``store``: the keys of a store() call.
-* ``stored``: all these keys have arrived, and with P2P the controller lists them. Other replicas can find the request's
-  first ``end`` tokens now. ``end`` is 0 if the store has failed. ``seconds`` is the time since store() returned.
+* ``ready``: the LMCache engine of the worker with this ``rank`` in the replica has started. In degraded mode, this
+  event never comes.
+* ``store``: the keys that a store() call has put.
+* ``stored``: all these keys have arrived, and with P2P the controller lists them. Other replicas can find the
+  request's first ``end`` tokens now. ``end`` is 0 if they cannot: a put has failed, local memory was lacking, or the
+  controller is away. ``seconds`` is the time since store() returned.
 * ``load``: the keys loaded into vLLM, the tokens of each, the tokens ``expected``, and the ``seconds`` of the load.
+* ``partial``: another rank than 0 has loaded only the first ``tokens`` of a load.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from kvshare.core import policy
 from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.lmcache.p2p_controller import when_findable
+from kvshare.hooks.lmcache.ranks import rank_in_replica
+from kvshare.hooks.lmcache.remote_puts import Puts
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record import worker_events
 
@@ -48,12 +51,6 @@ def patch_ascend_engine(module: Any) -> None:
 _PIPELINE = ("req_id", "tokens", "hashes", "offsets", "mask", "num_to_store_tokens", "kwargs")
 
 
-@optional(UNSEEN)
-def patch_remote_backend(module: Any) -> None:
-    path = "RemoteBackend.batched_submit_put_task"
-    wrap(module, path, _submit_put, "keys", "memory_objs", "transfer_spec", "on_complete_callback")
-
-
 class _Loaded:
     """The tokens loaded so far. No lock: only the worker's main thread loads."""
 
@@ -61,43 +58,18 @@ class _Loaded:
 
 
 def take_loaded() -> int:
-    """Return the number of tokens loaded in this worker since the last call."""
+    """Return what this worker adds to the tokens loaded since the last call.
+
+    Rank 0 adds the tokens that it loaded. Other ranks subtract those that they did not.
+    """
     loaded, _Loaded.tokens = _Loaded.tokens, 0
     return loaded
 
 
-class Puts:
-    """The remote puts of one ``store()`` call that have not finished yet."""
-
-    current = threading.local()  # .value: the Puts of the store() call that this thread runs
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pending: set[Any] = set()
-        self._then: Callable[[], None] | None = None
-
-    def started(self, keys: set[Any]) -> None:
-        with self._lock:
-            self._pending |= keys
-
-    def finished(self, key: Any) -> None:
-        with self._lock:
-            self._pending.discard(key)
-            then, self._then = (None, self._then) if self._pending else (self._then, None)
-        if then:
-            then()
-
-    def when_finished(self, then: Callable[[], None]) -> None:
-        with self._lock:
-            self._then = then if self._pending else None
-            finished = not self._pending
-        if finished:
-            then()
-
-
 def _post_init(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
     result = wrapped(*args, **kwargs)
-    _send(engine, "ready")
+    metadata = engine.metadata
+    _send("ready", rank=rank_in_replica(metadata.engine_id, metadata.world_size, metadata.worker_id))
     return result
 
 
@@ -121,33 +93,26 @@ def _report_store(engine: Any, store: Callable[[], Any], args: tuple, kwargs: di
         Puts.current.value = None
     try:
         request, chunks = _request(kwargs), list(_chunks(engine, args, kwargs))
-        _send(engine, "store", **request, keys=[key.chunk_hash for _, _, key in chunks])
-        end = max((end for _, end, _ in chunks), default=0)
+        put = chunks[: len(puts.keys)]
+        _send("store", **request, keys=[key.chunk_hash for _, _, key in put])
         began = time.monotonic()
 
-        def stored() -> None:
-            _send(engine, "stored", **request, end=end, seconds=time.monotonic() - began)
+        def stored(found: bool) -> None:
+            end = chunks[-1][1] if found else 0
+            _send("stored", **request, end=end, seconds=time.monotonic() - began)
 
-        report = partial(when_findable, engine, chunks[-1][2], stored) if chunks else stored
-        puts.when_finished(report)
+        def ended(arrived: bool) -> None:
+            if arrived:
+                when_findable(engine, chunks[-1][2], stored)
+            else:
+                stored(False)
+
+        if chunks and len(put) == len(chunks):
+            puts.when_ended(ended)
+        else:
+            stored(False)
     except Exception:
         logger.exception("kvshare could not report a store; the store itself is unaffected")
-    return result
-
-
-def _submit_put(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> Any:
-    puts = getattr(Puts.current, "value", None)
-    if puts is None or kwargs.get("on_complete_callback"):
-        return wrapped(*args, **kwargs)
-    # LMCache skips the keys of another request's pending puts, without a callback.
-    keys = [key for key in (args[0] if args else kwargs["keys"]) if not backend.exists_in_put_tasks(key)]
-
-    puts.started(set(keys))
-    result = wrapped(*args, **kwargs, on_complete_callback=puts.finished)
-    # Without a connection, LMCache drops the puts without a callback.
-    for key in keys:
-        if not backend.exists_in_put_tasks(key):
-            puts.finished(key)
     return result
 
 
@@ -155,14 +120,24 @@ def _retrieve(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
     began = time.monotonic()
     mask = wrapped(*args, **kwargs)
     seconds = time.monotonic() - began
-    if engine.metadata.worker_id == 0:
-        try:
-            _Loaded.tokens += int(mask[kwargs.get("vllm_cached_tokens", 0) :].sum())
-            if _reports(engine):
-                _send(engine, "load", **_request(kwargs), **_loaded(engine, mask, args, kwargs), seconds=seconds)
-        except Exception:
-            logger.exception("kvshare could not report a load; the load itself is unaffected")
+    try:
+        _report_load(engine, mask, args, kwargs, seconds)
+    except Exception:
+        logger.exception("kvshare could not report a load; the load itself is unaffected")
     return mask
+
+
+def _report_load(engine: Any, mask: Any, args: tuple, kwargs: dict, seconds: float) -> None:
+    """Rank 0 reports each load. Another rank reports one that is not whole: vLLM computes the rest on all ranks."""
+    cached = kwargs.get("vllm_cached_tokens", 0)
+    tokens, expected = int(mask[cached:].sum()), len(mask) - cached
+    if engine.metadata.worker_id == 0:
+        _Loaded.tokens += tokens
+        if _reports(engine):
+            _send("load", **_request(kwargs), **_loaded(engine, mask, args, kwargs), seconds=seconds)
+    elif tokens < expected:
+        _Loaded.tokens -= expected - tokens
+        _send("partial", **_request(kwargs), tokens=tokens)
 
 
 def _loaded(engine: Any, mask: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -189,11 +164,10 @@ def _request(kwargs: dict) -> dict[str, Any]:
 
 
 def _reports(engine: Any) -> bool:
-    """Only rank 0 reports: every rank of a replica holds a slice of the same tokens."""
+    """Only rank 0 reports stores: every rank of an engine holds a slice of the same tokens."""
     return worker_events.sender() is not None and engine.metadata.worker_id == 0
 
 
-def _send(engine: Any, op: str, **fields: Any) -> None:
-    sender = worker_events.sender()
-    if sender is not None and engine.metadata.worker_id == 0:
+def _send(op: str, **fields: Any) -> None:
+    if (sender := worker_events.sender()) is not None:
         sender.send({"op": op, **fields})

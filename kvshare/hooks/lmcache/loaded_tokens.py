@@ -38,7 +38,7 @@ class LoadMetrics(KVConnectorPromMetrics):
         self._loaded: Any = {engine: counter.labels(*values) for engine, values in labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        self._loaded[engine_idx].inc(transfer_stats_data["loaded"])
+        self._loaded[engine_idx].inc(max(0, transfer_stats_data["loaded"]))  # see take_loaded
 
 
 @optional("vLLM's metrics lack kvshare:loaded_tokens_total")

@@ -64,6 +64,8 @@ def _init(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> None:
         if name not in ADDRESS or not given.keys() & set(ADDRESS):
             given.setdefault(name, value)
     wrapped(*args, **kwargs)
+    if adapter := getattr(connector, "worker_adapter", None):  # in a worker process
+        adapter.kvshare_engine_id = vllm_config.kv_transfer_config.engine_id
     if not engine.reset_at:
         engine.loaded(vllm_config.model_config)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from kvshare.core import lmcache_settings, policy
 from kvshare.core.log_limit import LimitedLogger
+from kvshare.hooks.lmcache.ranks import rank_in_replica
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record import worker_events
 from kvshare.routing.prefixes import chunk_digests
@@ -99,7 +100,9 @@ def _register(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     size = adapter.req_client.get_chunk_size().result(timeout=adapter._mq_timeout)
     if size != adapter.lmcache_tokens_per_chunk:  # wrong config, or a restart with another size
         raise ConnectionError(f"its chunks have {size} tokens, this engine's {adapter.lmcache_tokens_per_chunk}")
-    _send(adapter, "ready")
+    strategy = adapter.parallel_strategy
+    rank = rank_in_replica(adapter.kvshare_engine_id, strategy.vllm_world_size, strategy.vllm_worker_id)
+    _send("ready", rank=rank)
 
 
 # -- reporting transfers ----------------------------------------------------------------------
@@ -126,7 +129,7 @@ class Transfer:
 
 def _store(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     future = _submit(adapter, "store_futures", lambda: wrapped(*args, **kwargs), _call(args, kwargs))
-    if not _reports(adapter):
+    if not _is_first(adapter) or worker_events.sender() is None:
         return
     call = _call(args, kwargs)
     request, end = _request(call), call["op"].end
@@ -134,24 +137,27 @@ def _store(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
 
     def done(arrived: bool) -> None:
         seconds = time.monotonic() - submitted
-        _send(adapter, "stored", **request, end=end if arrived else 0, seconds=seconds)
+        _send("stored", **request, end=end if arrived else 0, seconds=seconds)
 
-    _send(adapter, "store", **request, keys=[key for _, _, key in _chunks(adapter, call)])
+    _send("store", **request, keys=[key for _, _, key in _chunks(adapter, call)])
     _settle_or_keep(adapter, Transfer(future, done))
 
 
 def _retrieve(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     began = time.monotonic()
     future = _submit(adapter, "retrieve_futures", lambda: wrapped(*args, **kwargs), _call(args, kwargs))
-    if not _reports(adapter):
+    if worker_events.sender() is None:
         return
     call = _call(args, kwargs)
     first = call["op"].start + call["op"].skip_first_n_tokens
 
     def done(arrived: bool) -> None:
+        if not _is_first(adapter):
+            if not arrived:
+                _send("partial", **_request(call), tokens=0)
+            return
         chunks = list(_chunks(adapter, call)) if arrived else []
         _send(
-            adapter,
             "load",
             **_request(call),
             keys=[key for _, _, key in chunks],
@@ -213,12 +219,11 @@ def _request(call: dict[str, Any]) -> dict[str, Any]:
     return {"request": configs.get(worker_events.REQUEST), "policy": configs.get(policy.TAG, "")}
 
 
-def _reports(adapter: Any) -> bool:
-    """Only rank 0 reports: every rank of a replica holds a slice of the same tokens."""
-    return worker_events.sender() is not None and adapter.parallel_strategy.vllm_worker_id == 0
+def _is_first(adapter: Any) -> bool:
+    """Whether this is rank 0, which reports for its engine: every rank holds a slice of the same tokens."""
+    return adapter.parallel_strategy.vllm_worker_id == 0
 
 
-def _send(adapter: Any, op: str, **fields: Any) -> None:
-    sender = worker_events.sender()
-    if sender is not None and adapter.parallel_strategy.vllm_worker_id == 0:
+def _send(op: str, **fields: Any) -> None:
+    if (sender := worker_events.sender()) is not None:
         sender.send({"op": op, **fields})

@@ -27,6 +27,9 @@ often = LimitedLogger(logger)  # for what each entry or request may repeat
 
 HEARTBEAT = 2.0  # seconds
 
+LISTED_WITHIN = 10.0
+"""Seconds within which the controller lists a stored key, if no message to it was lost. LMCache sends every 10 ms."""
+
 
 @optional("P2P lookups may stall, and a restarted controller does not learn what its workers hold")
 def patch_worker(module: Any) -> None:
@@ -140,20 +143,29 @@ async def _ask(worker: Any, msg: Any) -> Any:
         return worker._on_request_failure(msg)
 
 
-def when_findable(engine: Any, key: Any, then: Callable[[], None]) -> None:
-    """Call ``then`` once other replicas can find a stored key, or once it is clear that they never will.
+def when_findable(engine: Any, key: Any, then: Callable[[bool], None]) -> None:
+    """Call ``then`` with True once other replicas can find a stored key, or with False if they cannot.
 
     Args:
         engine: LMCacheEngine that stored the key. Without P2P, ``then`` is called at once.
         key: the last key of a store. The controller learns the keys of a store in order.
     """
     if engine.lmcache_worker is None or not engine.config.enable_p2p:
-        then()
+        then(True)
         return
     asyncio.run_coroutine_threadsafe(_when_findable(engine, key, then), engine.lmcache_worker.loop)
 
 
-async def _when_findable(engine: Any, key: Any, then: Callable[[], None]) -> None:
+async def _when_findable(engine: Any, key: Any, then: Callable[[bool], None]) -> None:
+    findable = False
+    try:
+        findable = await asyncio.wait_for(_listed(engine, key), LISTED_WITHIN)
+    finally:
+        then(findable)
+
+
+async def _listed(engine: Any, key: Any) -> bool:
+    """Wait until the controller lists the key. False if the controller is away, or if the key has been evicted."""
     from lmcache.v1.cache_controller.message import BatchedP2PLookupMsg
 
     worker, local = engine.lmcache_worker, engine.storage_manager.local_cpu_backend
@@ -162,6 +174,6 @@ async def _when_findable(engine: Any, key: Any, then: Callable[[], None]) -> Non
     while link(worker).up and local.contains(key):
         answer = await worker.async_put_and_wait_msg(lookup)
         if answer.layout_info[0][2]:
-            break
+            return True
         await asyncio.sleep(0.01)
-    then()
+    return False

@@ -7,7 +7,8 @@ protocol, URL and settings.
 * No operation takes longer than ``blocking_timeout_secs`` of the LMCache config. The lookup of a whole prompt is one
   operation. After a failure the client sends nothing until a background probe finds the server healthy. Until then
   lookups miss, and vLLM recomputes.
-* Puts have their own connection and thread. A put asks for its entry before it returns, so lookups find the entry.
+* Puts have their own connection and thread. A put asks for its entry before it returns, so lookups find the entry, or
+  it raises.
 * An entry ends with a checksum of its key and content. A wrong checksum is a miss.
 """
 
@@ -111,7 +112,7 @@ def _connector_class() -> type:
             self._putting = ThreadPoolExecutor(1, "kvshare-lm-put")
 
         async def exists(self, key: Any) -> bool:
-            return not self._down.is_set() and self._do(self._reads, self._has, key)
+            return not self.down and self._do(self._reads, self._has, key)
 
         def exists_sync(self, key: Any) -> bool:
             return asyncio.run_coroutine_threadsafe(self.exists(key), self._loop).result()
@@ -124,12 +125,10 @@ def _connector_class() -> type:
             return asyncio.run_coroutine_threadsafe(self._leading(keys), self._loop).result()
 
         async def _leading(self, keys: Sequence[Any]) -> int:
-            return 0 if self._down.is_set() else self._do(self._reads, self._count, keys)
+            return 0 if self.down else self._do(self._reads, self._count, keys)
 
         async def get(self, key: Any) -> Any:
-            if self._down.is_set():
-                return None
-            return self._do(self._reads, self._get, key)
+            return None if self.down else self._do(self._reads, self._get, key)
 
         async def put(self, key: Any, memory_obj: Any) -> None:
             # LMCache's local memory holds the queued entries, so its size bounds the queue.
@@ -144,12 +143,17 @@ def _connector_class() -> type:
             self._reads.close()
             self._writes.close()
 
+        @property
+        def down(self) -> bool:
+            return self._down.is_set()
+
         def _put(self, key: Any, memory_obj: Any) -> None:
-            if self._down.is_set():
-                return
+            """Return once the server has the entry. Raise otherwise: LMCache then frees and counts the put."""
+            if self.down:
+                raise ConnectionError(f"{self._name} is down")
             if not self._do(self._writes, self._put_and_confirm, key, memory_obj):
                 size = len(memory_obj.byte_array)
-                often.error("%s did not keep an entry of %d bytes. Is its memory too small?", self._name, size)
+                raise OSError(f"{self._name} did not keep an entry of {size} bytes. Is its memory too small?")
 
         def _put_and_confirm(self, link: Link, key: Any, memory_obj: Any) -> bool:
             """Put an entry, and return whether the server has it. Sending to a dead connection may not fail."""

@@ -37,6 +37,7 @@ class FirstRequest(NamedTuple):
 @optional("LMCache loads and stores again what vLLM's prefix cache has")
 def patch_adapter(module: Any) -> None:
     wrap(module, "LMCacheConnectorV1Impl.get_num_new_matched_tokens", _matched, "request", "num_computed_tokens")
+    wrap(module, "LMCacheConnectorV1Impl.request_finished", _finished, "request")
 
 
 def _matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> int | None:
@@ -83,3 +84,13 @@ def _record_local_hit(connector: Any, request: Any, in_vllm: int) -> None:
     in_lmcache = in_vllm // connector._lmcache_chunk_size * connector._lmcache_chunk_size
     connector.load_specs[request.request_id] = LoadSpec(in_vllm, in_lmcache, can_load=False)
     connector._requests_priority[request.request_id] = request.priority
+
+
+def _finished(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> Any:
+    """Forget the lookup result of a request that was aborted before vLLM scheduled it. LMCache keeps it forever."""
+    request = args[0] if args else kwargs["request"]
+    connector.load_specs.pop(request.request_id, None)
+    connector._requests_priority.pop(request.request_id, None)
+    if connector.lookup_client is not None and not connector.async_loading:  # the async client forgets it itself
+        connector.lookup_client.clear_lookup_status(request.request_id)
+    return wrapped(*args, **kwargs)

@@ -23,6 +23,7 @@ from kvshare.core import lmcache_settings, p2p_replica, policy, ports
 from kvshare.hooks import check
 from kvshare.hooks.verl import watch
 from kvshare.hooks.verl.cpu_platform import is_cpu
+from kvshare.hooks.verl.loads import Loads
 from kvshare.record import worker_events
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.routing.cost_model import Pace, Rates
@@ -31,35 +32,40 @@ from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
 logger = logging.getLogger(__name__)
 
 # Methods that the classes below override, and AsyncLLM.generate, which the server wraps.
-check.parameters(vllm_async_server, "vLLMHttpServer.__init__", "replica_rank")
+check.parameters(vllm_async_server, "vLLMHttpServer.__init__", "replica_rank", "node_rank", "gpus_per_node")
 check.parameters(vllm_async_server, "vLLMHttpServer.run_server", "args")
+check.parameters(vllm_async_server, "vLLMHttpServer.run_headless", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.collective_rpc", "method")
 check.parameters(vllm_async_server, "vLLMHttpServer.set_global_steps", "global_steps")
 check.parameters(vllm_async_server, "vLLMHttpServer._get_worker_extension_cls", "self")
 check.parameters(vllm_async_server, "vLLMReplica.__init__", "replica_rank")
+check.parameters(vllm_async_server, "vLLMReplica.launch_servers", "self")
 check.parameters(async_llm, "AsyncLLM.generate", "prompt", "sampling_params", "request_id", "lora_request")
 
 RUN = policy.new_run()
 """Run id, drawn once in the process that starts the replicas. Each server gets it with its class."""
 
 READY_SECONDS = 10
-"""Seconds from the start of the engine until a missing ``ready`` event from LMCache is logged as an error."""
+"""Seconds from the start of all engines of a replica until a missing ``ready`` event is logged as an error."""
 
 
 class KVShareServer(vLLMHttpServer):
     run: str  # set by _server_class
 
-    def __init__(self, *, replica_rank: int, **kwargs: Any) -> None:
+    def __init__(self, *, replica_rank: int, node_rank: int, gpus_per_node: int, **kwargs: Any) -> None:
         self._events = worker_events.Receiver()
+        self._loads = Loads()
         self._prefixes = StoredPrefixes()
         self._rates = Rates()
         self._policy_changed = asyncio.Event()
         self._ready = asyncio.Event()
+        # Ranks of the workers on this node. With several nodes, verl starts a server on each node of a replica.
+        self._not_ready = set(range(node_rank * gpus_per_node, (node_rank + 1) * gpus_per_node))
         self._updating = self._warned = False
         self._before_first_update = policy.private_policy()
-        self._event_log = EventLog(replica_rank, os.environ.get(RUN_DIR))
+        self._event_log = EventLog(replica_rank, os.environ.get(RUN_DIR), node_rank)
         os.environ[worker_events.ADDRESS] = self._events.address  # the engine's processes inherit it
-        super().__init__(replica_rank=replica_rank, **kwargs)
+        super().__init__(replica_rank=replica_rank, node_rank=node_rank, gpus_per_node=gpus_per_node, **kwargs)
         self._chunk_size = self._configure_lmcache()
 
     def _configure_lmcache(self) -> int:
@@ -76,10 +82,22 @@ class KVShareServer(vLLMHttpServer):
 
     async def run_server(self, args: argparse.Namespace) -> None:
         await super().run_server(args)
-        self._recording = asyncio.create_task(self._record_events())
         self._watching = asyncio.create_task(self._watch_engine())
         self.engine.generate = self._stamping(self.engine.generate)  # type: ignore[method-assign, assignment]
-        if args.kv_transfer_config is not None:
+        self._follow_workers(args)
+
+    async def run_headless(self, args: argparse.Namespace) -> None:
+        """Run the workers of another node than the replica's first."""
+        await super().run_headless(args)
+        self._follow_workers(args)
+
+    def _follow_workers(self, args: argparse.Namespace) -> None:
+        self._recording = asyncio.create_task(self._record_events())
+        self._has_connector = args.kv_transfer_config is not None
+
+    async def expect_ready(self) -> None:
+        """For the replica: the engines on all its nodes have started, so LMCache should have."""
+        if self._has_connector:
             self._checking = asyncio.create_task(self._check_ready())
 
     async def _watch_engine(self) -> None:
@@ -95,11 +113,13 @@ class KVShareServer(vLLMHttpServer):
         try:
             await asyncio.wait_for(self._ready.wait(), READY_SECONDS)
         except TimeoutError:
-            self._event_log.write("degraded")
+            ranks = sorted(self._not_ready)
+            self._event_log.write("degraded", ranks=ranks)
             logger.error(
-                "replica %d shares NO KV: LMCache did not start, or LMCache's server does not answer. Search the "
-                "replica's log for 'degraded mode' and 'does not answer'. Training continues without sharing",
+                "replica %d shares NO KV: LMCache did not start on rank %s, or LMCache's server does not answer. "
+                "Search the replica's log for 'degraded mode' and 'does not answer'. Training continues without it",
                 self.replica_rank,
+                ", ".join(map(str, ranks)),
             )
             await self._ready.wait()
             logger.error("LMCache has started in replica %d: it shares KV from here on", self.replica_rank)
@@ -165,6 +185,7 @@ class KVShareServer(vLLMHttpServer):
             self._warn_if_updating()
             prompt = _salted(prompt, stamp)
             _tag(sampling_params, stamp, request_id)
+            self._loads.started(request_id)
             self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
             output, asked, answered, prefill = None, time.monotonic(), 0.0, None
             try:
@@ -177,6 +198,8 @@ class KVShareServer(vLLMHttpServer):
                     yield output
             finally:
                 self._prefixes.ended(request_id)
+                for load in self._loads.ended(request_id):
+                    self._event_log.write("load", **load)
                 if output is not None:
                     prompt_tokens = len(output.prompt_token_ids or ())
                     cached = output.num_cached_tokens or 0
@@ -207,6 +230,9 @@ class KVShareServer(vLLMHttpServer):
         op, request = event.pop("op"), event.get("request") or ""
         self._event_log.lost(event.pop("dropped", 0))
         if op == "ready":
+            self._not_ready.discard(event["rank"])
+            if self._not_ready:
+                return
             self._ready.set()
         elif op == "store":
             self._prefixes.storing(request)
@@ -214,8 +240,14 @@ class KVShareServer(vLLMHttpServer):
             self._rates.stored(event["seconds"])
             self._prefixes.stored(request, event["end"])
             return
-        elif event["tokens"]:
-            self._rates.loaded(sum(event["tokens"]), event["seconds"])
+        elif op == "partial":
+            self._loads.partial(event)
+            return
+        else:
+            if event["tokens"]:
+                self._rates.loaded(sum(event["tokens"]), event["seconds"])
+            if self._loads.loaded(event):
+                return
         self._event_log.write(op, **event)
 
     async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
@@ -264,6 +296,11 @@ class KVShareReplica(vLLMReplica):
         super().__init__(*args, **kwargs)
         if not (self.is_reward_model or self.is_teacher_model):  # their weights do not change with global_steps
             self.server_class = ray.remote(_server_class(RUN))
+
+    async def launch_servers(self) -> None:
+        await super().launch_servers()
+        if not (self.is_reward_model or self.is_teacher_model):
+            await asyncio.gather(*(server.expect_ready.remote() for server in self.servers))
 
     @property
     def max_concurrency(self) -> int:

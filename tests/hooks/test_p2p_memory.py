@@ -1,0 +1,113 @@
+"""What may still be written to is not freed: real sockets of a replica that is late, ends, or was not asked."""
+
+import asyncio
+from contextlib import contextmanager
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from kvshare.hooks.lmcache import p2p_memory
+
+
+class Memory:
+    freed = 0
+
+    def get_size(self):
+        return 10
+
+    def ref_count_down(self):
+        self.freed += 1
+
+
+@contextmanager
+def replica():
+    """A replica that listens, and the socket of one that loads from it."""
+    context = zmq.asyncio.Context()
+    listening, loading = context.socket(zmq.REP), context.socket(zmq.REQ)
+    port = listening.bind_to_random_port("tcp://127.0.0.1")
+    loading.connect(f"tcp://127.0.0.1:{port}")
+    loading.setsockopt(zmq.RCVTIMEO, 20)
+    yield listening, loading
+    context.destroy(linger=0)
+
+
+async def until(done):
+    while not done():
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", ["answers", "ends", "had ended", "was not asked"])
+def test_memory_is_held_until_the_load_is_over(end):
+    async def scenario():
+        memory, held = [Memory(), Memory()], p2p_memory.Held(100)
+        with replica() as (listening, loading):
+            for _ in range(2):  # the second load after one that went well
+                p2p_memory.watch(loading)
+                await loading.send(b"load")
+                await listening.recv()
+                await listening.send(b"")
+                await loading.recv()
+            if end == "had ended":
+                listening.close(linger=0)
+                await asyncio.wait_for(until(lambda: loading.get_monitor_socket().get(zmq.EVENTS) & zmq.POLLIN), 60)
+            p2p_memory.watch(loading)
+            if end != "was not asked":
+                await loading.send(b"load")
+            if end in ("answers", "ends"):
+                await listening.recv()
+                with pytest.raises(zmq.Again):
+                    await loading.recv()
+            held.hold_until_over("address", memory, loading)
+            assert "address" in held
+            if end in ("answers", "ends"):
+                for _ in range(5):
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(asyncio.shield(next(iter(held._tasks))), 0.02)
+                assert [one.freed for one in memory] == [0, 0]
+                await listening.send(b"") if end == "answers" else listening.close(linger=0)
+            await asyncio.wait_for(until(lambda: "address" not in held), 60)
+            assert [one.freed for one in memory] == [1, 1]
+            assert loading.closed
+            assert held.bytes() == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_connection_that_had_ended_before_the_load_says_nothing():
+    """LMCache's replicas listen anew after each idle while."""
+
+    async def scenario():
+        held = p2p_memory.Held(100)
+        with replica() as (listening, loading):
+            p2p_memory.watch(loading)
+            await loading.send(b"load")
+            await listening.recv()
+            await listening.send(b"")
+            await loading.recv()
+            address = listening.getsockopt_string(zmq.LAST_ENDPOINT)
+            listening.close(linger=0)
+            again = zmq.asyncio.Context.instance().socket(zmq.REP)
+            await asyncio.wait_for(until(lambda: loading.get_monitor_socket().get(zmq.EVENTS) & zmq.POLLIN), 60)
+            again.bind(address)
+            p2p_memory.watch(loading)
+            await loading.send(b"load")
+            await asyncio.wait_for(again.recv(), 60)
+            held.hold_until_over("address", [Memory()], loading)
+            await asyncio.sleep(0.1)
+            assert "address" in held
+            await again.send(b"")
+            await asyncio.wait_for(until(lambda: "address" not in held), 60)
+            again.close(linger=0)
+
+    asyncio.run(scenario())
+
+
+def test_more_than_its_share_is_said_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(p2p_memory.logger, "error", lambda text, *args: said.append(text % args))
+    held = p2p_memory.Held(25)
+    for address in "abcd":
+        held.hold(address, [Memory()])
+    assert held.full()
+    assert len(said) == 1
