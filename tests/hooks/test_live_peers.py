@@ -90,8 +90,7 @@ def test_peer_hangs_and_goes_on(peers):
     known = [next(numbers) for _ in range(3)]
     for number in known:
         three.store(number)
-    time.sleep(0.2)
-    assert one.used() == 0
+    until(lambda: one.used() == 0)
     three.stop()
     try:
         assert [one.load(number) for number in known] == [0, 0, 0]
