@@ -90,6 +90,7 @@ def test_peer_hangs_and_goes_on(peers):
     known = [next(numbers) for _ in range(3)]
     for number in known:
         three.store(number)
+    wait_until_shared(three, one)  # the controller has heard of them
     until(lambda: one.used() == 0)
     three.stop()
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 import pytest
 from conftest import CHUNK
+from waiting import until
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", 20_000))
 ROUNDS = 50
@@ -42,7 +43,7 @@ class Resources:
 @pytest.fixture(scope="module")
 def engine(start_engine):
     made = start_engine(0, "soak").wait()
-    made.wait_until(made.ready)
+    until(made.ready)
     return made
 
 

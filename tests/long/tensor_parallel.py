@@ -5,6 +5,7 @@ import random
 import pytest
 from conftest import CHUNK
 from engines import Engine
+from waiting import until
 
 from kvshare.core import policy
 from kvshare.hooks.verl.loads import Loads
@@ -21,7 +22,7 @@ def engine(processes, backend, weights, tmp_path_factory):
 
 
 def test_both_ranks_are_up(engine):
-    engine.wait_until(lambda: engine.ready(ranks=2))
+    until(lambda: engine.ready(ranks=2))
 
 
 def load(engine, weights):
@@ -31,7 +32,7 @@ def load(engine, weights):
     assert engine.reset(connector=False)
     start = len(engine.events)
     weights.check(0, text, engine.ask(text, stamp))
-    engine.wait_until(lambda: any(event["op"] == "load" for event in engine.events[start:]))
+    until(lambda: any(event["op"] == "load" for event in engine.events[start:]))
     return [event for event in engine.events[start:] if event["op"] in ("load", "partial")]
 
 

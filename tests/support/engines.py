@@ -141,7 +141,7 @@ class Engine:
         self._post("/pause?mode=keep&clear_cache=false", {})
         with ThreadPoolExecutor(count) as pool:
             asked = [pool.submit(self.ask, *args) for _ in range(count)]
-            until(lambda: json.loads(vllm_http.get(f"{self.url}/load"))["server_load"] == count, self._process)
+            until(lambda: json.loads(vllm_http.get(f"{self.url}/load"))["server_load"] == count, self.process)
             self._post("/resume", {})
         return [one.result() for one in asked]
 
@@ -153,13 +153,13 @@ class Engine:
         """Wait for all events that the worker has sent, and for the end of all stores, or of some."""
         name = uuid4().hex
         self._rpc("send_mark", name=name)
-        until(lambda: name in self._marks, self._process)
+        until(lambda: name in self._marks, self.process)
 
         def ended() -> bool:
             operations = [event["op"] for event in list(self.events) if mine(event)]
             return operations.count("store") == operations.count("stored")
 
-        until(ended, self._process)
+        until(ended, self.process)
 
     def reset(self, connector: bool = True) -> bool:
         return self._post(f"/reset_prefix_cache?reset_external={str(connector).lower()}", {})["success"]
