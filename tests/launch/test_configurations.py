@@ -148,6 +148,7 @@ ERRORS = [
     (Given(yaml="blocking_timeout_secs: -1"), "blocking_timeout_secs is -1, must be 0 or more"),
     (Given(yaml="blocking_timeout_secs: 0"), "blocking_timeout_secs is 0, must be more than 0"),
     (Given(yaml="blocking_timeout_secs: 2.5"), "blocking_timeout_secs is 2.5, must be integer"),
+    (env(LOCAL_CPU="false", MAX_LOCAL_CPU_SIZE="9000"), "the run takes about 180"),
     (Given(yaml="lookup_timeout_ms: -3"), "lookup_timeout_ms is -3, must be 0 or more"),
     (Given(yaml="p2p_init_ports: [9960, 99600]"), "p2p_init_ports is [9960, 99600], must be from 0 to 65535"),
     (Given(yaml="min_retrieve_tokens: 100000"), "min_retrieve_tokens 100000 is longer than any prompt"),
@@ -206,10 +207,6 @@ WARNINGS = [
     (env(QQQQQQQQ="1"), "LMCache does not read LMCACHE_QQQQQQQQ: correct or unset it"),
     (env(REMOTE_URL="fs:///tmp/kv"), "fs:///tmp/kv is not known to work with kvshare: only lm:// is"),
     (env(REMOTE_STORAGE_PLUGINS="fs"), "plugin://fs is not known to work with kvshare: only lm:// is"),
-    (
-        env(LOCAL_CPU="false", MAX_LOCAL_CPU_SIZE="9000"),
-        "max_local_cpu_size 9000 GiB for each of 2 workers is 18000 GiB",
-    ),
     (
         verl("trainer.v1.trainer_mode=colocate_async", device="cpu"),
         "colocate_async trainer is not known to work with kvshare: only sync",

@@ -78,7 +78,7 @@ def pasted(environment, tmp_path):
 
 @pytest.mark.parametrize("own", JOBS, ids=lambda own: own.__name__)
 def test_lines_paste_into_any_job(own, pasted, data, model, tmp_path):
-    job = preflight.Job("remote", "cpu", [*own(data, model), *pasted])
+    job = preflight.Job("remote", "cpu", [*own(data, model), f"+{VLLM}.kv_cache_memory_bytes=1000000000", *pasted])
     findings = preflight.run(job)
     assert preflight.errors(findings) == []
     assert job.facts["replicas"] == JOBS[own]
