@@ -40,7 +40,8 @@ ROUTER = """
 ## LMCache
 
 Settings are LMCache's own, in the YAML of a backend (`config/`) or as `LMCACHE_<KEY>` in the environment, which wins;
-lists are comma-separated there. `kvshare preflight` checks names and types against the installed LMCache.
+lists are comma-separated there. `lmcache.<key>` in `kv_connector_extra_config` wins over both. `kvshare preflight`
+checks what LMCache makes of all three.
 """
 
 

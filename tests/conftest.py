@@ -20,6 +20,7 @@ from kvshare.services.processes import Processes
 from kvshare.tools import gsm8k, tiny_model
 from kvshare.tools.demo import QUIET
 
+pytest_plugins = ("jobs",)
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 256  # tokens; as in config/remote_backend_config.yaml
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))

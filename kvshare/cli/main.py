@@ -10,6 +10,7 @@ import typer
 from kvshare import __version__
 from kvshare.cli import reporting, services, tools, training
 from kvshare.core.errors import UserError
+from kvshare.core.secrets import redacted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +26,7 @@ def main() -> None:
     try:
         app(prog_name="kvshare")
     except UserError as error:
-        print(f"kvshare: {error}", file=sys.stderr)
+        print(f"kvshare: {redacted(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

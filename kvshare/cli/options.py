@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from kvshare.core.errors import UserError
+from kvshare.launch import paste
 from kvshare.services.backends import BACKENDS
 
 DEVICES = ("cuda", "npu", "cpu")
@@ -29,10 +30,19 @@ def _known_device(name: str) -> str:
     return name
 
 
-BackendOption = Annotated[str, typer.Option("--backend", help=f"{', '.join(BACKENDS)}.", callback=_known_backend)]
-DeviceOption = Annotated[str, typer.Option("--device", help=f"{', '.join(DEVICES)}.", callback=_known_device)]
+BackendOption = Annotated[
+    str,
+    typer.Option("--backend", help=f"{', '.join(BACKENDS)}.", callback=_known_backend, envvar=paste.BACKEND),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help=f"{', '.join(DEVICES)}.", callback=_known_device, envvar=paste.DEVICE)
+]
 Hydra = Annotated[
     list[str] | None,
-    typer.Argument(help="-- and the arguments of verl.trainer.main_ppo, or overrides for those of the launcher."),
+    typer.Argument(help="-- and overrides for the launcher, or, with --config-name, the arguments of a whole job."),
+]
+Main = Annotated[
+    list[str] | None,
+    typer.Argument(help="-- and the arguments of verl.trainer.main_ppo; without any: those of the launcher."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]

@@ -12,6 +12,7 @@ import typer
 
 from kvshare.cli.options import PASSES, BackendOption, Json
 from kvshare.core.errors import UserError
+from kvshare.core.secrets import redacted
 from kvshare.services import background
 from kvshare.services.health import NotStarted
 
@@ -72,7 +73,7 @@ def _print(started: background.Started, as_json: bool) -> bool:
     try:
         where, health = started.check(), "healthy"
     except UserError as error:
-        where, health = "", str(error)
+        where, health = "", redacted(str(error))
     if as_json:
         facts: dict[str, Any] = {"backend": started.backend, "service": started.service, "pid": started.pid}
         print(json.dumps({**facts, "healthy": bool(where), "exports": started.exports, "log": started.log}))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
 
-from kvshare.cli.options import PASSES, BackendOption, DeviceOption, Hydra, Json, out
+from kvshare.cli.options import PASSES, BackendOption, DeviceOption, Hydra, Json, Main, out
 from kvshare.cli.reporting import print_report
+from kvshare.record.event_log import RUN_DIR
 
 if TYPE_CHECKING:
     from kvshare.launch.preflight import Finding, Job
@@ -24,16 +29,19 @@ app = typer.Typer()
 def preflight(
     backend: BackendOption,
     device: DeviceOption,
-    hydra: Hydra = None,
+    hydra: Main = None,
     as_json: Json = False,
-    record: Annotated[Path | None, typer.Option(help="Folder of the run that starts now, for its report.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Folder of the run that starts now, for its report.", envvar=RUN_DIR)
+    ] = None,
 ) -> None:
     """Check that a run can start and will share; exit code 2 if something must be mended."""
-    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
+    _quiet()
     from kvshare.launch import preflight as checks
 
-    job = _job(backend, device, hydra or [])
-    findings = checks.run(job)
+    job = checks.Job(backend, device, hydra) if hydra else _of_launcher(backend, device, [])
+    with _progress() as doing:
+        findings = checks.run(job, doing)
     wrong = checks.errors(findings)
     if as_json:
         run = None if wrong else checks.describe(job)
@@ -49,10 +57,13 @@ def preflight(
 @app.command(context_settings=PASSES)
 def forecast(backend: BackendOption, device: DeviceOption, hydra: Hydra = None, as_json: Json = False) -> None:
     """How much of the prompts can be shared, and what that stores; from tokenizer, data and recipe."""
-    os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")  # of what is imported here
+    _quiet()
+    from kvshare.core.job import Job, has_config
     from kvshare.launch import preflight as checks
 
-    found = checks.forecast(job := _job(backend, device, hydra or []))
+    given = hydra or []
+    job = Job(backend, device, given) if has_config(given) else _of_launcher(backend, device, given)
+    found = checks.forecast(job)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return
@@ -104,18 +115,35 @@ def launch(
     raise typer.Exit(code)
 
 
-def _job(backend: str, device: str, hydra: list[str]) -> Job:
-    """Arguments without --config-dir are overrides for the launcher's."""
+def _quiet() -> None:
+    """Keep warnings and logs of what is imported out of the output."""
+    for name in ("LMCACHE_LOG_LEVEL", "VLLM_LOGGING_LEVEL"):
+        os.environ.setdefault(name, "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def _of_launcher(backend: str, device: str, overrides: list[str]) -> Job:
+    """The job that a launcher would run, in its environment."""
     from kvshare.launch import environment, hydra_overrides, launchers
     from kvshare.launch.preflight import Job
 
-    if "--config-dir" not in hydra:
-        exports, given = launchers.read(backend, device, os.environ)
-        run = Path(os.environ.get("KVSHARE_RUN_DIR") or "outputs").absolute()
-        variables = environment.of_run(device, run, {**os.environ, **exports})
-        os.environ.update(variables)
-        hydra = hydra_overrides.complete([*given, *hydra], device, variables)
-    return Job(backend, device, hydra)
+    exports, given = launchers.read(backend, device, os.environ)
+    run = Path(os.environ.get(RUN_DIR) or "outputs").absolute()
+    variables = environment.of_run(device, run, {**os.environ, **exports})
+    os.environ.update(variables)
+    return Job(backend, device, hydra_overrides.complete([*given, *overrides], device, variables))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Say on stderr what is being done: in one line that changes on a terminal, else in a line each."""
+    if not sys.stderr.isatty():
+        yield lambda what: print(f"kvshare preflight looks at {what} …", file=sys.stderr, flush=True)
+        return
+    with Console(stderr=True).status("kvshare preflight") as status:
+        yield lambda what: status.update(f"kvshare preflight looks at {what} …")
 
 
 def _print_findings(findings: list[Finding], file: TextIO) -> None:

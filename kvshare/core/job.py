@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvshare.core.errors import UserError
+CONFIG_FOLDER, CONFIG_NAME = ("--config-dir", "-cd"), ("--config-name", "-cn")
 
 
 @dataclass
@@ -23,7 +24,11 @@ class Job:
     device: str
     hydra_args: list[str]
     config: Any = None  # verl's composed config, set by the check config()
-    lmcache: Any = None  # LMCache's config object, set by the check settings()
+    replica_list: list[Any] = field(default_factory=list)  # verl's RolloutReplicas, set by the check replicas()
+    model: Any = None  # verl's HFModelConfig, set by the check engine()
+    engine: Any = None  # vLLM's parsed arguments, set by the check engine()
+    connectors: list[Any] = field(default_factory=list)  # LMCache's, as vLLM's KVTransferConfigs, set by connector()
+    lmcache: Any = None  # LMCache's config object as the engine has it, set by the check settings()
     forecast: Any = None  # launch.forecast.Forecast, set by the check forecast()
     facts: dict[str, str] = field(default_factory=dict)  # name of a check -> text of its row if it passes
 
@@ -34,30 +39,61 @@ class Job:
     @property
     def shares(self) -> bool:
         """False for a baseline run, which sets ``kv_transfer_config=null``."""
-        return self.rollout.engine_kwargs.vllm.get("kv_transfer_config", "missing") is not None
+        given = self.rollout.engine_kwargs.get("vllm") or {}
+        return given.get("kv_transfer_config", "missing") is not None
+
+    @property
+    def extra_config(self) -> dict[str, Any]:
+        """``kv_connector_extra_config`` of the connector, which LMCache applies after file and environment."""
+        return dict(self.connectors[0].kv_connector_extra_config) if self.connectors else {}
 
     @property
     def world_size(self) -> int:
-        return self.rollout.tensor_model_parallel_size * self.rollout.data_parallel_size
+        """Workers of one replica."""
+        return self.replica_list[0].world_size
 
     @property
     def replicas(self) -> int:
-        return self.config.trainer.nnodes * self.config.trainer.n_gpus_per_node // self.world_size
+        return len(self.replica_list)
+
+    @property
+    def workers_a_node(self) -> int:
+        """The most workers with an LMCache engine that one node gets, if all pools are on the same nodes."""
+        nodes = max(self.config.trainer.nnodes, self.rollout.nnodes)
+        return -(-self.replicas * self.world_size // nodes)
 
     def hydra(self) -> tuple[str, str, list[str]]:
-        """Split ``hydra_args`` into config folder (absolute), config name and overrides.
+        """Split ``hydra_args`` into config folder (absolute), config name and overrides, with main_ppo's defaults."""
+        rest = list(self.hydra_args)
+        folder, name = _take(rest, CONFIG_FOLDER), _take(rest, CONFIG_NAME)
+        return str(Path(folder).resolve()) if folder else verl_config(), name or "ppo_trainer", rest
 
-        Raises:
-            UserError: --config-dir or --config-name is missing.
-        """
-        rest, options = list(self.hydra_args), {}
-        for option in ("--config-dir", "--config-name"):
-            if option not in rest[:-1]:
-                raise UserError(f"{option} is missing: give the arguments of verl.trainer.main_ppo after --")
-            at = rest.index(option)
-            options[option] = rest[at + 1]
-            del rest[at : at + 2]
-        return str(Path(options["--config-dir"]).resolve()), options["--config-name"], rest
+
+def verl_config() -> str:
+    """verl's own folder of Hydra configs, found without importing verl."""
+    spec = find_spec("verl")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return f"{spec.submodule_search_locations[0]}/trainer/config"
+
+
+def has_config(arguments: list[str]) -> bool:
+    """Whether arguments name a Hydra config, so that they are those of a whole job."""
+    return any(a.partition("=")[0] in (*CONFIG_FOLDER, *CONFIG_NAME) for a in arguments)
+
+
+def _take(arguments: list[str], names: tuple[str, ...]) -> str | None:
+    """Remove an option from ``arguments``, ``--name value`` or ``--name=value``, and return its value."""
+    for at, argument in enumerate(arguments):
+        name, given, value = argument.partition("=")
+        if name in names and given:
+            del arguments[at]
+            return value
+        if name in names and at + 1 < len(arguments):
+            value = arguments[at + 1]
+            del arguments[at : at + 2]
+            return value
+    return None
 
 
 def one_line(error: BaseException) -> str:

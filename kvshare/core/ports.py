@@ -19,9 +19,24 @@ def exposed(ports: set[int]) -> list[tuple[str, int]]:
     return sorted(found, key=lambda at: at[1])
 
 
+def in_url(host: str) -> str:
+    """A host as it is written before ":PORT": an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def family(host: str) -> socket.AddressFamily:
+    """Address family for listening on ``host``; IPv4 for a name that has both.
+
+    Raises:
+        OSError: the host is not known.
+    """
+    found = {info[0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return socket.AF_INET if socket.AF_INET in found else socket.AF_INET6
+
+
 def is_free(host: str, port: int) -> bool:
     """Whether a port of this machine can be bound now."""
-    with socket.socket() as s:
+    with socket.socket(family(host)) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
@@ -46,12 +61,13 @@ def free_ports(host: str, wanted: Mapping[str, int]) -> dict[str, int]:
     with contextlib.ExitStack() as bound:  # stay bound until all are found, so that they differ
         found = {}
         for name, port in wanted.items():
-            s = bound.enter_context(socket.socket())
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
+                s = bound.enter_context(socket.socket(family(host)))
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 s.bind((host, port if is_free(host, port) else 0))
-            except OSError as error:
-                raise UserError(f"cannot listen on {host} ({error.strerror}): give an address of this host") from None
+            except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"cannot listen on {host} ({reason}): give an address of this host") from None
             found[name] = s.getsockname()[1]
         return found
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
 from kvshare.core import lmcache_settings
+from kvshare.core.secrets import is_secret
 from kvshare.record.event_log import RUN_DIR
 
 PASSED_ON = re.compile("(LMCACHE|LMCache|VERL|UCX|NCCL)_.+|VLLM_(?!HOST_IP).+|KVSHARE_RUN_DIR|PYTHONHASHSEED")
@@ -57,3 +59,13 @@ def of_run(device: str, run: Path, caller: Mapping[str, str]) -> dict[str, str]:
         "VERL_FILE_LOGGER_PATH": str(run / "metrics.jsonl"),
         **DEVICE[device],
     }
+
+
+def as_bash(variables: Mapping[str, str]) -> list[str]:
+    """A line of bash for each variable. A secret one is only named: it has to be in the caller's environment."""
+    return [
+        f"# {name} has a password: export it yourself"
+        if is_secret(name, value)
+        else f"export {shlex.quote(f'{name}={value}')}"
+        for name, value in variables.items()
+    ]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from kvshare.core.secrets import is_secret
+
 DATA = ("data.train_files", "data.val_files", "actor_rollout_ref.rollout.router_config_path")
 MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 RUNTIME_ENV = "ray_kwargs.ray_init.runtime_env.env_vars"
@@ -21,14 +23,15 @@ def complete(arguments: list[str], device: str, environment: Mapping[str, str]) 
     Args:
         arguments: arguments from the launcher and the user.
         device: cuda, npu or cpu.
-        environment: environment variables for Ray's workers. Those in ``arguments`` take precedence.
+        environment: environment variables for Ray's workers. Those in ``arguments`` take precedence. A secret one is
+            left out, because verl prints its overrides; workers inherit it from the shell that starts Ray.
     """
     own = [_absolute(argument) for argument in arguments]
     if device == "cuda" and not has_flash_attention() and not any(_key(a) == ATTENTION for a in own):
         own.append(f"+{ATTENTION}=sdpa")
     given = {_key(argument) for argument in own}
-    variables = {name: f"{RUNTIME_ENV}.{name}" for name in environment}
-    return own + [f"+{key}={quote(environment[name])}" for name, key in variables.items() if key not in given]
+    variables = {n: f"{RUNTIME_ENV}.{n}" for n, value in environment.items() if not is_secret(n, value)}
+    return own + [f"++{key}={quote(environment[name])}" for name, key in variables.items() if key not in given]
 
 
 def has_flash_attention() -> bool:

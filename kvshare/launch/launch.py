@@ -58,8 +58,7 @@ class Launch:
     def dry_run(self) -> str:
         """The training as lines of bash."""
         variables, command = self.prepare({})
-        lines = [f"export {shlex.quote(f'{name}={value}')}" for name, value in variables.items()]
-        return "\n".join([*lines, shlex.join(command)])
+        return "\n".join([*environment.as_bash(variables), shlex.join(command)])
 
     def run(self, services: bool) -> int:
         """Run preflight, then the training. Return the first exit code that is not 0, else 0.

@@ -9,6 +9,7 @@ from kvshare.record.events import Degraded, Event, Lost, OfReplica, Ready, Reque
 from kvshare.record.rows import Logged, PolicyRows, StepRows, over
 from kvshare.record.stored import Stored
 from kvshare.record.token_sources import Counts, with_hits
+from kvshare.record.verdict import of
 
 ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
 
@@ -47,6 +48,7 @@ def summarize(
         "lost": seen.lost,
         "steps": len(steps),
         "steps_a_row": rows.size,
+        "longest_prompt": seen.longest_prompt,
         "tokens": count.tokens(),
         "replica": total.by_replica(replicas),
         "hit_rate": count.hit_rate(),
@@ -75,6 +77,7 @@ class Seen:
     def __init__(self, stored: Stored) -> None:
         self.stored = stored
         self.prefill: float | None = None  # the fastest, in tokens per second
+        self.longest_prompt = 0
         self.replicas: set[int] = set()
         self.up: dict[int, Event] = {}  # the last Ready or Degraded of each replica
         self.degraded: set[int] = set()
@@ -89,6 +92,7 @@ class Seen:
             self.stored.add(event)
         elif isinstance(event, Request):
             self.prefill = max(filter(None, (self.prefill, event.prefill)), default=None)
+            self.longest_prompt = max(self.longest_prompt, event.prompt)
         elif isinstance(event, Ready | Degraded):
             self.up[event.replica] = event
             self.degraded |= {event.replica} if isinstance(event, Degraded) else set()
@@ -122,26 +126,7 @@ def against_forecast(report: dict[str, Any]) -> dict[str, tuple[float, float | N
 def verdict(report: dict[str, Any]) -> str:
     """One sentence for a human."""
     unseen = f" {not_seen(report['unseen'])}." if report["unseen"] and report["tokens"]["prompt"] else ""
-    return _verdict(report) + unseen + (f" {were_lost(report['lost'])}." if report["lost"] else "")
-
-
-def _verdict(report: dict[str, Any]) -> str:
-    tokens = report["tokens"]
-    if report["degraded"]:
-        ranks = ", ".join(map(str, report["degraded"]))
-        return f"NOT SHARING: LMCache did not start in replica {ranks}, or its server never answered; see the log."
-    if tokens["stale_hit"]:
-        return f"STALE: {tokens['stale_hit']:,} loaded tokens were computed by other weights. Please report this."
-    if report.get("backend") == "no connector":
-        return "A baseline: no connector, nothing was shared."
-    if not tokens["prompt"]:
-        return "No request was recorded."
-    if report["prefill_amplification"] is None:
-        return "Nothing could be shared: no prompt fills a chunk (see chunk_size in the LMCache config)."
-    if not tokens["shared_hit"]:
-        return "No token was shared between replicas."
-    share = 100 * tokens["shared_hit"] / tokens["prompt"]
-    return f"{share:.1f}% of prompt tokens came from another replica, none of them stale."
+    return of(report) + unseen + (f" {were_lost(report['lost'])}." if report["lost"] else "")
 
 
 def not_seen(replicas: list[int]) -> str:

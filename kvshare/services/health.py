@@ -14,6 +14,7 @@ import zmq
 
 from kvshare.core.errors import UserError
 from kvshare.core.lm_protocol import HEALTH_REQUEST, REPLY, SUCCESS
+from kvshare.core.ports import in_url
 
 
 class NotStarted(Exception):
@@ -39,21 +40,56 @@ def check_lmcache_server(url: str) -> str:
     Raises:
         UserError: the URL is malformed, nothing answers, or another program does.
     """
+    host, port = host_and_port(url)
+    start = f"start it with: lmcache_server {host} {port}"
+    if ":" in host:
+        start = f"start it with: kvshare server {host} {port}"  # lmcache_server listens on IPv4 only
+    reply = _exchange(host, port, HEALTH_REQUEST, REPLY.size, f"lmcache_server at {in_url(host)}:{port}", start)
+    if len(reply) < REPLY.size or REPLY.unpack(reply)[0] != SUCCESS:
+        raise UserError(
+            f"{in_url(host)}:{port} is taken by something that is not lmcache_server: "
+            f"stop it, or choose another port in remote_url and {start}"
+        )
+    return f"{in_url(host)}:{port}"
+
+
+def host_and_port(url: str) -> tuple[str, int]:
+    """Host and port of a remote_url; an IPv6 address without brackets.
+
+    Raises:
+        UserError: it lacks one of them.
+    """
+    host, port = _split(url)
+    if not host or not port:
+        raise UserError(
+            f"remote_url {url!r} is not {url.partition('://')[0]}://HOST:PORT: correct it in the LMCache config"
+        )
+    return host, port
+
+
+def reach(url: str) -> str:
+    """Whether something listens at a URL of which more cannot be known, in words.
+
+    Raises:
+        UserError: the URL has no valid port, or has host and port and nothing listens there.
+    """
     try:
         parsed = urlparse(url)
         host, port = parsed.hostname, parsed.port
-    except ValueError:
-        host, port = None, None
+    except ValueError as error:
+        raise UserError(f"remote_url {url} is no URL ({error}): correct it in the LMCache config") from None
     if not host or not port:
-        raise UserError(f"remote_url {url!r} is not lm://HOST:PORT: correct it in the LMCache config")
-    start = f"start it with: lmcache_server {host} {port}"
-    reply = _exchange(host, port, HEALTH_REQUEST, REPLY.size, f"lmcache_server at {host}:{port}", start)
-    if len(reply) < REPLY.size or REPLY.unpack(reply)[0] != SUCCESS:
-        raise UserError(
-            f"{host}:{port} is taken by something that is not lmcache_server: "
-            f"stop it, or choose another port in remote_url and {start}"
-        )
-    return f"{host}:{port}"
+        return "not checked"
+    _exchange(host, port, b"", 0, f"remote_url {url}", "start it, or correct remote_url")
+    return "reachable"
+
+
+def _split(url: str) -> tuple[str | None, int | None]:
+    try:
+        parsed = urlparse(url)
+        return parsed.hostname, parsed.port
+    except ValueError:
+        return None, None
 
 
 def wait_healthy(
@@ -83,28 +119,28 @@ def check_controller(pull_url: str, reply_url: str) -> str:
     """
     ports: dict[str, tuple[str, int]] = {}
     for name, url in (("pull", pull_url), ("reply", reply_url)):
-        host, _, text = str(url).removeprefix("tcp://").rpartition(":")
-        if not host or not text.isdigit():
+        host, port = _split(f"tcp://{str(url).removeprefix('tcp://')}")
+        if not host or not port:
             raise UserError(f"controller_{name}_url {url!r} is not HOST:PORT: correct it in the LMCache config")
-        ports[name] = (host, int(text))
+        ports[name] = (host, port)
     host, pull, reply = ports["pull"][0], ports["pull"][1], ports["reply"][1]
     start = (
         f"start it with: lmcache_controller --host {host} --port 9000 "
         f"""--monitor-ports '{{"pull": {pull}, "reply": {reply}}}'"""
     )
     for name, (host, port) in ports.items():
-        greeting = _exchange(host, port, b"", 1, f"lmcache_controller's {name} port {host}:{port}", start)
+        greeting = _exchange(host, port, b"", 1, f"lmcache_controller's {name} port {in_url(host)}:{port}", start)
         if greeting != ZMTP:
             raise UserError(
-                f"{host}:{port} is taken by something that is not lmcache_controller: "
+                f"{in_url(host)}:{port} is taken by something that is not lmcache_controller: "
                 f"stop it, or choose another port in controller_{name}_url and {start}"
             )
     if not _looks_up(*ports["reply"]):
         raise UserError(
-            f"{ports['reply'][0]}:{reply} speaks zmq, but not as lmcache_controller's reply port: "
+            f"{in_url(ports['reply'][0])}:{reply} speaks zmq, but not as lmcache_controller's reply port: "
             f"stop it, or choose another port in controller_reply_url and {start}"
         )
-    return f"{host}:{pull} and {reply}"
+    return f"{in_url(host)}:{pull} and {reply}"
 
 
 def check_mp_server(url: str) -> tuple[str, int]:
@@ -113,21 +149,21 @@ def check_mp_server(url: str) -> tuple[str, int]:
     Raises:
         UserError: the URL is malformed, nothing answers, or another program does.
     """
-    host, _, port = url.removeprefix("tcp://").rpartition(":")
-    if not url.startswith("tcp://") or not host or not port.isdecimal():
+    host, port = _split(url)
+    if not url.startswith("tcp://") or not host or not port:
         raise UserError(f"remote_url {url!r} is not tcp://HOST:PORT: correct it in the LMCache config")
     start = "start it with: kvshare services up --backend mp"
-    greeting = _exchange(host, int(port), b"", 1, f"lmcache server at {host}:{port}", start)
+    greeting = _exchange(host, port, b"", 1, f"lmcache server at {in_url(host)}:{port}", start)
     number, operation = msgspec.msgpack.encode(0), msgspec.msgpack.encode(GET_CHUNK_SIZE)
-    reply = _ask(zmq.DEALER, host, int(port), number, operation) if greeting == ZMTP else []
+    reply = _ask(zmq.DEALER, host, port, number, operation) if greeting == ZMTP else []
     try:
         chunk_size = msgspec.msgpack.decode(reply[2], type=int)
     except (IndexError, msgspec.MsgspecError):
         raise UserError(
-            f"{host}:{port} does not answer as lmcache server does (it hangs, or another program has the port): "
+            f"{in_url(host)}:{port} does not answer as lmcache server does (hangs, or another program has the port): "
             f"end it, or choose another port in remote_url, and {start}"
         ) from None
-    return f"{host}:{port}", chunk_size
+    return f"{in_url(host)}:{port}", chunk_size
 
 
 def _looks_up(host: str, port: int) -> bool:
@@ -141,7 +177,8 @@ def _ask(kind: int, host: str, port: int, *frames: bytes) -> list[bytes]:
     s: zmq.Socket = zmq.Context.instance().socket(kind)
     with s:
         s.setsockopt(zmq.LINGER, 0)
-        s.connect(f"tcp://{host}:{port}")
+        s.setsockopt(zmq.IPV6, 1)
+        s.connect(f"tcp://{in_url(host)}:{port}")
         s.send_multipart(frames)
         return s.recv_multipart() if s.poll(int(TIMEOUT * 1000)) else []
 

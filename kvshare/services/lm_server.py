@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from kvshare.core.errors import UserError
 from kvshare.core.lm_protocol import EXIST, FAIL, GET, HEALTH, NO_DATA, PUT, REPLY, REQUEST, SUCCESS
 from kvshare.core.log_limit import LimitedLogger
+from kvshare.core.ports import family, in_url
 from kvshare.services.store import Store
 
 PIECE = 1 << 20  # bytes received before they are added to the store's count
@@ -42,8 +43,8 @@ def serve(host: str, port: int, limit: int, status: Path | None) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     server = _listen(host, port, Store(limit), status)
-    address, port = server.socket.getsockname()
-    logger.info("listening on %s:%s, keeps at most %.2f GiB", address, port, limit / 2**30)
+    address, port = server.socket.getsockname()[:2]
+    logger.info("listening on %s:%s, keeps at most %.2f GiB", in_url(address), port, limit / 2**30)
     if not ipaddress.ip_address(address).is_loopback:
         logger.warning("warning: other hosts can reach %s, and lm:// has no authentication", address)
     with contextlib.suppress(SystemExit):
@@ -60,7 +61,7 @@ def _listen(host: str, port: int, store: Store, status: Path | None) -> Server:
         server = Server((host, port), store, status)
     except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen on {host}:{port} ({reason}): give another HOST or PORT") from None
+        raise UserError(f"cannot listen on {in_url(host)}:{port} ({reason}): give another HOST or PORT") from None
     try:
         server.write_status()
     except OSError as error:
@@ -81,6 +82,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.store = store
         self._status_file = status
         self._written, self._written_at = "", 0.0
+        self.address_family = family(address[0])
         super().__init__(address, Client)
         for level, option, value in (  # accepted connections inherit these options
             (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # detect dead clients,
@@ -97,7 +99,7 @@ class Server(socketserver.ThreadingTCPServer):
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        often.info("closed the connection of %s:%s: %s", *client_address, sys.exc_info()[1])
+        often.info("closed the connection of %s:%s: %s", *client_address[:2], sys.exc_info()[1])
 
     def service_actions(self) -> None:
         """Write the status file once a second. serve_forever calls this at least twice a second."""

@@ -8,7 +8,7 @@ import pytest
 from kvshare.core import ascend, lmcache_settings, versions
 from kvshare.core.errors import UserError
 from kvshare.launch import preflight
-from kvshare.launch.preflight import lmcache, recipe
+from kvshare.launch.preflight import engine, lmcache
 from kvshare.services.backends import p2p
 
 
@@ -91,19 +91,23 @@ def test_lmcache_ascend_does_not_load(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["LMCacheConnectorV1", "LMCacheAscendConnector", ascend.CONNECTOR])
-def test_connector(name):
+def test_connector(name, monkeypatch):
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    monkeypatch.setattr(KVConnectorFactory, "get_connector_class", lambda config: object)  # none here is Ascend's
     job = preflight.Job("remote", "npu", [])
-    transfer = {"kv_connector": name, "kv_load_failure_policy": "recompute"}
-    vllm = {"vllm": {"kv_transfer_config": transfer}}
-    rollout = SimpleNamespace(engine_kwargs=SimpleNamespace(**vllm))
+    given = KVTransferConfig(kv_connector=name, kv_role="kv_both", kv_load_failure_policy="recompute")
+    job.engine = SimpleNamespace(kv_transfer_config=given)
+    rollout = SimpleNamespace(engine_kwargs={"vllm": {"kv_transfer_config": "{}"}})
     job.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))
     wrong = f"kv_connector {name} does not work on Ascend: use {ascend.CONNECTOR} (docs/npu.md)"
-    assert list(recipe.connector(job)) == ([] if name == ascend.CONNECTOR else [wrong])
+    assert list(engine.connector(job)) == ([] if name == ascend.CONNECTOR else [wrong])
 
 
 def test_channel_of_lmcache():
     job = preflight.Job("p2p", "npu", [])
-    job.lmcache = SimpleNamespace(transfer_channel="nixl", enable_p2p=True, enable_controller=True)
+    job.lmcache = SimpleNamespace(transfer_channel="nixl", enable_p2p=True, enable_controller=True, local_cpu=True)
     found = list(p2p.BACKEND.settings(job, "f.yaml"))
     assert found[-1] == "transfer_channel nixl is not one LMCache-Ascend knows: set it to hccl or hixl"
     job.lmcache.transfer_channel = "hccl"
@@ -116,9 +120,15 @@ def test_stores_behind_vllms_back(monkeypatch, tmp_path):
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(path))
     monkeypatch.setattr(ascend, "load_lmcache", lambda: None)
     settings = {"chunk_size": 256, "use_layerwise": False, "enable_blending": False, "local_disk": None}
-    settings["remote_url"] = "redis://one:1"
-    monkeypatch.setattr(lmcache_settings, "effective", lambda path: SimpleNamespace(**settings, store_async=True))
+    settings |= {"remote_url": "redis://one:1", "remote_serde": "naive", "remote_storage_plugins": None}
+    made = SimpleNamespace(**settings, store_async=True)
+    monkeypatch.setattr(lmcache_settings, "effective", lambda path, extra: made)
     job = preflight.Job("remote", "npu", [])
-    job.config = SimpleNamespace(trainer=SimpleNamespace(nnodes=1))
+    rollout = SimpleNamespace(engine_kwargs={"vllm": {}})
+    job.config = SimpleNamespace(
+        trainer=SimpleNamespace(nnodes=1),
+        data=SimpleNamespace(max_prompt_length=1024),
+        actor_rollout_ref=SimpleNamespace(rollout=rollout),
+    )
     (line,) = lmcache.settings(job)
-    assert line == f"{path}: store_async: true may store KV that vLLM has overwritten: set it to false"
+    assert line == "f.yaml: store_async: true may store KV that vLLM has overwritten: set it to false"

@@ -74,7 +74,7 @@ def test_what_the_caller_sets_reaches_a_cluster_once():
     assert environment["LMCACHE_CHUNK_SIZE"] == "128"
     assert environment["LMCACHE_TRANSFER_CHANNEL"] == "nixl"
     names = [argument.split("=")[0] for argument in command if "runtime_env" in argument]
-    assert "+ray_kwargs.ray_init.runtime_env.env_vars.LMCACHE_CHUNK_SIZE" in names
+    assert "++ray_kwargs.ray_init.runtime_env.env_vars.LMCACHE_CHUNK_SIZE" in names
     assert len(names) == len(set(names)) == len(environment)
 
 

@@ -146,15 +146,24 @@ def test_every_policy_has_its_row():
     ("lines", "words"),
     [
         ([], "No request was recorded"),
-        ([request(0, "p", 100)], "no prompt fills a chunk"),
-        ([store(0, "p", 1), request(0, "p", 300)], "No token was shared"),
+        ([request(0, "p", 100)], "no prompt fills a chunk, the longest has 100 tokens of 256"),
+        ([request(0, "p", 100), request(1, "p", 256)], "nothing was stored, though prompts of up to 256 tokens fill"),
+        ([store(0, "p", 1), request(0, "p", 300)], "no prefix was asked of two of them"),
+        ([store(0, "p", 1), store(1, "p", 1), request(0, "p", 300)], "computed the same prefixes 2.0 times"),
         ([store(0, "p", 1), load(1, "p", 1), request(1, "p", 512, 256)], "50.0% of prompt tokens"),
         ([store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 512, 256)], "STALE"),
         ([{"op": "degraded", "time": 0, "replica": 1}], "NOT SHARING: LMCache did not start in replica 1"),
     ],
 )
 def test_verdict(lines, words):
-    assert words in summary.verdict(summarize(lines, [], RUN))
+    assert words in summary.verdict(summarize(lines, [], {**RUN, "chunk_size": 256}))
+
+
+def test_verdict_of_one_replica():
+    lines = [store(0, "p", 1), request(0, "p", 300)]
+    assert "there is one replica" in summary.verdict(summarize(lines, [], {"replicas": 1}))
+    unknown = summarize([request(0, "p", 9)], [], RUN)  # an old run.json, without chunk_size
+    assert "nothing was stored; the longest prompt has 9" in summary.verdict(unknown)
 
 
 def test_replica_whose_lmcache_comes_late_is_said_to_share():

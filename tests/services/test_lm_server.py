@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -192,6 +193,20 @@ def test_lmcaches_own_connector(running):
 
     asyncio.run(use())
     assert torch.equal(arrived, tensor)
+
+
+def test_ipv6(processes, tmp_path):
+    port, log = ports.free_ports("::1", {"server": 0})["server"], tmp_path / "log"
+    process = processes.start([sys.executable, "-m", "kvshare", "server", "::1", str(port)], log)
+    check = partial(health.check_lmcache_server, f"lm://[::1]:{port}")
+    assert health.wait_healthy("server", process, check, log) == f"[::1]:{port}"
+    with socket.create_connection(("::1", port)) as client, suppress(ConnectionResetError):
+        client.sendall(b"no header" * 100)
+        client.recv(1)
+    while "closed the connection of ::1:" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    processes.kill(process)
 
 
 def test_preflight_takes_it_for_lmcache_server(running):

@@ -3,8 +3,8 @@
 The counters of vLLM and LMCache count lookups, so a failed load counts as a hit. They cannot tell another replica's KV
 from the replica's own. These events name the keys, so the report can:
 
-* ``ready``: the LMCache engine of the worker with this ``rank`` in the replica has started. In degraded mode, this
-  event never comes.
+* ``ready``: the LMCache engine of the worker with this ``rank`` in the replica has started and has its storage. In
+  degraded mode, this event never comes.
 * ``store``: the keys that a store() call has put.
 * ``stored``: all these keys have arrived, and with P2P the controller lists them. Other replicas can find the
   request's first ``end`` tokens now. ``end`` is 0 if they cannot: a put has failed, local memory was lacking, or the
@@ -68,9 +68,17 @@ def take_loaded() -> int:
 
 def _post_init(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
     result = wrapped(*args, **kwargs)
-    metadata = engine.metadata
-    _send("ready", rank=rank_in_replica(metadata.engine_id, metadata.world_size, metadata.worker_id))
+    if _has_storage(engine):
+        metadata = engine.metadata
+        _send("ready", rank=rank_in_replica(metadata.engine_id, metadata.world_size, metadata.worker_id))
     return result
+
+
+def _has_storage(engine: Any) -> bool:
+    """False in degraded mode, and if a remote backend has no connector: LMCache only logs that, and stores nothing."""
+    manager = engine.storage_manager  # None in a rank that stores nothing (save_only_first_rank, MLA)
+    backends = manager.storage_backends.values() if manager else ()
+    return engine.is_healthy() and all(getattr(backend, "connection", backend) is not None for backend in backends)
 
 
 def _store(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:

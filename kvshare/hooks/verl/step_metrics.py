@@ -30,7 +30,20 @@ REMEMBERED = 1_000_000  # keys, 50 bytes each: a load follows its store soon, or
 
 @optional("verl's logger does not get kvshare's metrics")
 def patch_tracking(module: Any) -> None:
+    wrap(module, "Tracking.__init__", _init, "project_name", "experiment_name")
     wrap(module, "Tracking.log", _log, "data", "step")
+
+
+def _init(wrapped: Any, tracking: Any, args: tuple, kwargs: dict) -> None:
+    """Give a job without verl's file logger one: the report reads what it writes."""
+    wrapped(*args, **kwargs)
+    if os.environ.get(RUN_DIR) and "file" not in tracking.logger:
+        try:
+            from verl.utils.tracking import FileLogger
+
+            tracking.logger["file"] = FileLogger("kvshare", "run")  # it writes to VERL_FILE_LOGGER_PATH
+        except Exception:
+            logger.exception("the report will know no steps; training and sharing continue")
 
 
 def _log(wrapped: Any, tracking: Any, args: tuple, kwargs: dict) -> Any:

@@ -1,9 +1,10 @@
 """Finds, before a run starts, everything that would make it fail or share nothing.
 
-A check is a function that takes the Job and yields one line per problem: what is wrong, where, and what to do. Its name
-is its row in the table. If it finds nothing, the row shows ``job.facts[name]``. To add a check, put it into the module
-of its subject and into STAGES, which stop the run, or into WARNINGS, which stop it only by raising a UserError. A check
-for one backend goes into the module of that backend.
+A check judges the objects that verl, vLLM and LMCache themselves build of the job. It is a function that takes the Job
+and yields one line per problem: what is wrong, where, and what to do. Its name is its row in the table. If it finds
+nothing, the row shows ``job.facts[name]``. To add a check, put it into the module of its subject and into STAGES, which
+stop the run, or into WARNINGS, which stop it only by raising a UserError. A check for one backend goes into the module
+of that backend.
 """
 
 from __future__ import annotations
@@ -15,25 +16,47 @@ from kvshare.core import versions
 from kvshare.core.errors import UserError
 from kvshare.core.job import Job as Job
 from kvshare.core.job import one_line
+from kvshare.core.secrets import redacted
 from kvshare.launch.forecast import Forecast
-from kvshare.launch.preflight import environment, host_memory, lmcache, memory, packages, recipe, service
+from kvshare.launch.preflight import (
+    engine,
+    environment,
+    host_memory,
+    lmcache,
+    memory,
+    packages,
+    recipe,
+    rollout,
+    service,
+)
 from kvshare.launch.preflight.record import describe as describe
 from kvshare.launch.preflight.record import record as record
 
 Check = Callable[[Job], Iterator[str]]
 
+
+def untried(job: Job) -> Iterator[str]:
+    """Say which combinations are not known to work."""
+    for part in (rollout, engine, lmcache, service):
+        yield from part.untried(job)
+
+
 # Later stages depend on earlier ones, so an error ends the checks after its stage.
-STAGES: tuple[tuple[Check, ...], ...] = (
-    (packages.packages,),
-    (recipe.config,),
-    (lmcache.settings,),
-    (
+STAGES: dict[str, tuple[Check, ...]] = {
+    "packages": (packages.packages,),
+    "verl's config and LMCache's settings": (recipe.config, lmcache.written),
+    "verl's objects": (rollout.verl, rollout.replicas, recipe.model),
+    "vLLM's arguments": (engine.engine,),
+    "vLLM's connector": (engine.connector,),
+    "LMCache's config": (lmcache.settings,),
+    "devices, data and services": (
         *(packages.compiled, packages.attention, packages.plugins, environment.environment, environment.cluster),
-        *(recipe.devices, recipe.model, recipe.bucket, recipe.data, recipe.estimator),
-        *(recipe.connector, recipe.router, service.service),
+        *(rollout.devices, recipe.bucket, recipe.data, recipe.estimator, recipe.router, service.service),
     ),
+}
+WARNINGS: tuple[Check, ...] = (
+    *(memory.forecast, memory.memory, host_memory.host_memory, engine.graphs, service.exposure, untried),
 )
-WARNINGS: tuple[Check, ...] = (memory.forecast, memory.memory, host_memory.host_memory, recipe.graphs, service.exposure)
 
 
 class Finding(NamedTuple):
@@ -42,14 +65,20 @@ class Finding(NamedTuple):
     text: str
 
 
-def run(job: Job) -> list[Finding]:
-    """Run all checks. Return errors first, then warnings, then passed checks."""
+def run(job: Job, doing: Callable[[str], None] = lambda what: None) -> list[Finding]:
+    """Run all checks. Return errors first, then warnings, then passed checks.
+
+    Args:
+        doing: called with what is looked at next.
+    """
     found: list[Finding] = []
-    for stage in STAGES:
+    for what, stage in STAGES.items():
+        doing(what)
         found += [finding for check in stage for finding in _run(check, job, "error")]
         if errors(found):
             break
     else:
+        doing("prompts and memory")
         found += [finding for check in WARNINGS for finding in _run(check, job, "warning")]
     return sorted(found, key=lambda finding: ("error", "warning", "ok").index(finding.level))
 
@@ -62,7 +91,7 @@ def forecast(job: Job) -> Forecast:
     """
     if wrong := versions.missing(job.device, job.backend):
         raise UserError("; ".join(wrong))
-    for stage in ((recipe.config,), (lmcache.settings,), (recipe.model, recipe.data)):
+    for stage in (*list(STAGES.values())[1:-1], (recipe.data,)):
         if wrong := errors([finding for check in stage for finding in _run(check, job, "error")]):
             raise UserError("; ".join(wrong))
     (found,) = _run(memory.forecast, job, "warning")
@@ -84,4 +113,5 @@ def _run(check: Check, job: Job, level: str) -> list[Finding]:
         lines.append(str(error))
     except Exception as error:  # a value that the check does not expect
         lines.append(f"check of {name} failed: {type(error).__name__}: {one_line(error)}")
-    return [Finding(level, name, line) for line in lines] or [Finding("ok", name, job.facts.get(name, ""))]
+    found = [Finding(level, name, line) for line in lines] or [Finding("ok", name, job.facts.get(name, ""))]
+    return [Finding(level, name, redacted(text)) for level, name, text in found]

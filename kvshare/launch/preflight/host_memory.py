@@ -156,7 +156,7 @@ def _lmcache(job: Job) -> float:
     size = job.lmcache.max_local_cpu_size * GIB
     if job.backend == "mp":
         return size
-    local = job.config.trainer.n_gpus_per_node * size if job.lmcache.local_cpu else 0
+    local = job.workers_a_node * size
     status = os.environ.get(server_status.VARIABLE)
     if job.backend != "remote" or not status or not Path(status).is_file():
         return local

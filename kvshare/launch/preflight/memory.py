@@ -13,7 +13,7 @@ from kvshare.core.job import Job
 from kvshare.launch.forecast import Recipe, kv_bytes
 from kvshare.launch.forecast import forecast as predict
 from kvshare.launch.preflight import prompts
-from kvshare.launch.preflight.lmcache import block_size
+from kvshare.launch.preflight.engine import block_size, kv_dtype
 
 FEW = 0.01
 """A smaller fraction of shareable prompt tokens gives a warning."""
@@ -28,16 +28,12 @@ def forecast(job: Job) -> Iterator[str]:
 
 
 def recipe(job: Job) -> Recipe:
-    from transformers import AutoConfig
-
-    model = job.config.actor_rollout_ref.model
-    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     return Recipe(
         replicas=job.replicas,
         samples=job.rollout.n,
         chunk_size=job.lmcache.chunk_size,
         block_size=block_size(job),
-        token_bytes=kv_bytes(config.get_text_config().to_dict(), 4 if job.rollout.dtype == "float32" else 2),
+        token_bytes=kv_bytes(job.model.hf_config.get_text_config().to_dict(), kv_dtype(job).itemsize),
         routed=job.shares and bool(job.rollout.router_config_path),
     )
 
@@ -52,7 +48,7 @@ def needed(job: Job) -> str:
     settings, step = job.lmcache, f"a step stores {job.forecast.stored_bytes_a_step / 2**30:.2f} GiB"
     if job.backend == "mp":
         return f"{settings.max_local_cpu_size:g} GiB a host (lmcache server); {step}"
-    workers, size = job.config.trainer.n_gpus_per_node, settings.max_local_cpu_size if settings.local_cpu else 0
+    workers, size = job.workers_a_node, settings.max_local_cpu_size
     server = ", and the server's bound" if job.backend == "remote" else ""
     return f"{workers * size:g} GiB a node ({workers} workers, {size:g} each){server}; {step}"
 
@@ -84,11 +80,10 @@ def _too_small(server: str, limit: int, stored: int, start: str) -> Iterator[str
 
 
 def _local_tier(job: Job) -> Iterator[str]:
-    """Check the local tier, which LMCache allocates in full at start, once per worker."""
+    """Check the local tier, which LMCache allocates in full at start, once per worker, with local_cpu: false too."""
     import psutil
 
-    size = job.lmcache.max_local_cpu_size if job.lmcache.local_cpu else 0
-    workers = job.config.trainer.n_gpus_per_node
+    size, workers = job.lmcache.max_local_cpu_size, job.workers_a_node
     free = psutil.virtual_memory().available / 2**30
     if workers * size > free:
         yield (

@@ -24,9 +24,8 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     from datasets import disable_progress_bars
     from omegaconf import OmegaConf
     from verl.trainer.ppo.utils import create_rl_dataset
-    from verl.utils.config import omega_conf_to_dataclass
 
-    model = omega_conf_to_dataclass(job.config.actor_rollout_ref.model)
+    model = job.model
     # Filtering would tokenize the whole data set.
     data: Any = OmegaConf.merge(job.config.data, {"filter_overlong_prompts": False})
     disable_progress_bars()
@@ -34,7 +33,7 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
         dataset = create_rl_dataset(
             data.train_files, data, model.tokenizer, model.processor, max_samples=data.get("train_max_samples", -1)
         )
-    size = data.train_batch_size
+    size = data.train_batch_size or _batch_of_fully_async(job)
     found: list[list[list[int]]] = []
     left = 0
     prompts = (ids for ids in _tokenized(dataset, model, data) if len(ids) <= data.max_prompt_length)
@@ -48,6 +47,13 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
             f"a step needs data.train_batch_size {size}: raise the first, lower the second, or give more data"
         )
     return found, len(dataset)
+
+
+def _batch_of_fully_async(job: Job) -> int:
+    """Prompts between two updates of verl's fully async trainer, whose train_batch_size is 0."""
+    asynchronous = job.config.async_training
+    mini = job.config.actor_rollout_ref.actor.ppo_mini_batch_size
+    return mini * asynchronous.require_batches * asynchronous.trigger_parameter_sync_step
 
 
 def _tokenized(dataset: Any, model: Any, data: Any) -> Iterator[list[int]]:

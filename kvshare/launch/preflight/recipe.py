@@ -1,18 +1,18 @@
-"""Composes verl's config as the run will, and checks the models, files and devices it names."""
+"""Composes verl's config as the run will, and checks the model, the files and the router it names."""
 
 from __future__ import annotations
 
-import json
+import glob
 import math
-import os
+import shlex
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from kvshare.core import ascend
-from kvshare.core.job import Job, one_line
+from kvshare.core.job import Job, one_line, verl_config
+from kvshare.core.lmcache_settings import near
+from kvshare.launch.hydra_overrides import quote
 
-MP_CONNECTOR = "LMCacheMPConnector"
 FP32 = 4  # bytes; verl sends weights in the optimizer's dtype
 
 ESTIMATORS = {
@@ -23,43 +23,36 @@ ESTIMATORS = {
 
 
 def config(job: Job) -> Iterator[str]:
-    """Compose verl's config from the launcher's arguments, as main_ppo will."""
+    """Compose verl's config from the arguments, as main_ppo will."""
     from hydra import compose, initialize_config_dir
 
-    verl_spec = find_spec("verl")
-    assert verl_spec is not None
-    assert verl_spec.submodule_search_locations is not None
-    search = f"hydra.searchpath=[file://{verl_spec.submodule_search_locations[0]}/trainer/config]"
     folder, name, overrides = job.hydra()
+    search = f"hydra.searchpath=[file://{verl_config()}]"
     try:
         with initialize_config_dir(version_base=None, config_dir=folder):
             job.config = compose(config_name=name, overrides=[*overrides, search])
     except Exception as error:  # Hydra's and OmegaConf's errors share no base class
-        yield f"verl's config cannot be composed: {one_line(error)}: correct the override"
+        fix = _quoted(overrides) or "correct the override"
+        yield f"verl's config cannot be composed: {one_line(error)}: {fix}"
         return
     job.facts["config"] = f"{name} of {folder}"
-    trainer = job.config.trainer
     for key in ("nnodes", "n_gpus_per_node"):
-        if not isinstance(trainer[key], int) or trainer[key] < 1:
-            yield f"trainer.{key} is {trainer[key]!r}, must be an integer of at least 1: set N_NODES and N_DEVICES"
+        value = job.config.trainer[key]
+        if not isinstance(value, int) or value < 1:
+            yield f"trainer.{key} is {value!r}, must be an integer of at least 1: set N_NODES and N_DEVICES"
 
 
-def devices(job: Job) -> Iterator[str]:
-    wanted = job.config.trainer.n_gpus_per_node
-    job.facts["devices"] = f"{job.replicas} replicas of {job.world_size} {job.device}"
-    if wanted % job.world_size:
-        yield f"{wanted} devices a node cannot be split into replicas of {job.world_size}: change N_DEVICES"
-    if job.device == "cpu" or os.environ.get("RAY_ADDRESS"):
-        return  # no devices, or only those of this machine, could be counted here
-    import torch
+def _quoted(overrides: list[str]) -> str | None:
+    """How to write the first override that Hydra cannot read because of its value, e.g. a path with an apostrophe."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    if job.device == "npu":
-        import torch_npu  # noqa: F401
-    found = getattr(torch, job.device).device_count()
-    if found < wanted:
-        visible = "ASCEND_RT_VISIBLE_DEVICES" if job.device == "npu" else "CUDA_VISIBLE_DEVICES"
-        more = f"make more visible ({visible}={os.environ[visible]})" if visible in os.environ else "make more visible"
-        yield f"{wanted} {job.device} devices wanted, {found} found: set N_DEVICES, or {more}"
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except Exception:
+            key, given, value = override.partition("=")
+            return f"write it as {shlex.quote(f'{key}={quote(value)}')}" if given else None
+    return None
 
 
 def model(job: Job) -> Iterator[str]:
@@ -72,8 +65,13 @@ def model(job: Job) -> Iterator[str]:
         yield f"model {model} does not exist: set MODEL_PATH (kvshare prepare --tiny-model makes one for CPU)"
         return
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return
+    except HFValidationError:
+        yield f"model {model} does not exist, and is no name on the hub: set MODEL_PATH"
         return
     fix = "set MODEL_PATH to a folder, or download it first: hf download " + model
     if constants.HF_HUB_OFFLINE:
@@ -105,62 +103,90 @@ def bucket(job: Job) -> Iterator[str]:
 
 
 def data(job: Job) -> Iterator[str]:
-    import pyarrow.parquet as pq
-
+    """Read the first row of each file, as verl's own dataset does."""
     job.facts["data"] = str(job.config.data.train_files)
+    if job.config.data.get("custom_cls", {}).get("path"):
+        return  # a dataset class of the user's, with files of its own kind
     for key in ("train_files", "val_files"):
         files = job.config.data[key]
+        if not files:
+            yield f"data.{key} is {files}: set it to a file, or set DATA_DIR"
+            continue
         for file in [files] if isinstance(files, str) else files:
-            try:
-                columns = pq.read_schema(file).names
-            except FileNotFoundError:
-                yield f"data.{key}: {file} does not exist: make it with kvshare prepare, or set DATA_DIR"
-            except (OSError, ValueError) as error:
-                yield f"data.{key}: {file} is not a parquet file ({one_line(error)}): make it with kvshare prepare"
-            else:
-                if job.config.data.prompt_key not in columns:
-                    yield f"data.{key}: {file} has no column {job.config.data.prompt_key}: make it with kvshare prepare"
+            yield from _rows(job, key, str(file))
 
 
-def connector(job: Job) -> Iterator[str]:
-    if not job.shares:
-        return
-    value = job.rollout.engine_kwargs.vllm.get("kv_transfer_config")
-    try:
-        connector = json.loads(value) if isinstance(value, str) else dict(value or {})
-    except ValueError:
-        connector = None
-    if not isinstance(connector, dict):
-        yield f"kv_transfer_config is not a JSON object: {value}"
-        return
-    if not str(connector.get("kv_connector", "")).startswith("LMCache"):
-        yield f"kv_transfer_config names no LMCache connector, so nothing would be shared: {value}"
-    elif job.device == "npu" and connector["kv_connector"] != ascend.CONNECTOR:
-        yield f"kv_connector {connector['kv_connector']} does not work on Ascend: use {ascend.CONNECTOR} (docs/npu.md)"
-    elif (connector["kv_connector"] == MP_CONNECTOR) != (job.backend == "mp"):
-        yield f"kv_connector {connector['kv_connector']} is not for the {job.backend} backend: run another launcher"
-    job.facts["connector"] = str(connector.get("kv_connector"))
-    if connector.get("kv_load_failure_policy") != "recompute":
-        yield 'kv_transfer_config lacks "kv_load_failure_policy": "recompute": a failed load would fail the request'
+FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+"""Ends of the names of files that verl's RLHFDataset reads, and the reader of the package datasets that it uses."""
 
 
-def graphs(job: Job) -> Iterator[str]:
-    if job.device != "cpu" and job.shares and job.rollout.enforce_eager:
-        yield (
-            "actor_rollout_ref.rollout.enforce_eager=true turns graphs off, so every decode step launches its kernels "
-            "one by one: set it to false"
-        )
+def _rows(job: Job, key: str, file: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    reader = next((reader for end, reader in FORMATS.items() if file.endswith(end)), None)
+    if reader is None:
+        yield f"data.{key}: {file} is not one that verl reads ({', '.join(FORMATS)}): make it with kvshare prepare"
+    elif "://" in file:
+        return  # verl copies it when it starts
+    elif not Path(file).expanduser().is_file():
+        yield f"data.{key}: {file} does not exist: make it with kvshare prepare, or set DATA_DIR"
+    else:
+        try:
+            row = next(iter(load_dataset(reader, data_files=glob.escape(file), split="train", streaming=True)), None)
+        except Exception as error:
+            yield f"data.{key}: {file} is not {reader} ({one_line(error)}): make it with kvshare prepare"
+            return
+        if row is None:
+            yield f"data.{key}: {file} has no rows: make it with kvshare prepare"
+        elif job.config.data.prompt_key not in row:
+            yield f"data.{key}: {file} has no column {job.config.data.prompt_key}: make it with kvshare prepare"
 
 
 def router(job: Job) -> Iterator[str]:
-    from omegaconf import OmegaConf
-
+    """Load the router as verl will, and check the settings of kvshare's own."""
     path = job.rollout.router_config_path
     job.facts["router"] = str(path or "verl's own")
-    if path and not Path(path).is_file():
+    if not path:
+        return
+    from omegaconf import OmegaConf
+    from verl.utils.import_utils import load_class_from_fqn, resolve_config_path
+
+    try:
+        path = resolve_config_path(str(path))
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
         yield f"router config {path} does not exist: set ROUTER to one that does, or to null for verl's own routing"
-    elif path and job.rollout.full_determinism and not OmegaConf.select(OmegaConf.load(path), "full_determinism"):
+        return
+    except Exception as error:
+        yield f"router config {path} is not YAML ({one_line(error)}): correct it, or start from config/router.yaml"
+        return
+    if not isinstance(settings, dict) or not isinstance(settings.get("router_class"), str):
+        yield f"router config {path} has no router_class, which verl needs: start from config/router.yaml"
+        return
+    try:
+        found = load_class_from_fqn(settings["router_class"], "router_class")
+    except Exception as error:
+        yield f"{path}: router_class {settings['router_class']} cannot be loaded ({one_line(error)}): correct it"
+        return
+    if getattr(found, "__module__", "").startswith("kvshare."):
+        yield from (f"{path}: {line}" for line in router_mistakes(settings))
+    if job.rollout.full_determinism and not settings.get("full_determinism"):
         yield f"rollout.full_determinism needs full_determinism: true in the router config too: set it in {path}"
+
+
+def router_mistakes(settings: dict[Any, Any]) -> Iterator[str]:
+    """One line for each setting of kvshare's router that it does not know or cannot use."""
+    known = ("router_class", "hold_seconds", "full_determinism", "chunk_size")
+    for key, value in settings.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in known:
+            yield f"kvshare's router knows no key {key}{near(str(key), known)}: remove or correct it"
+        elif key == "hold_seconds" and not (number and 0 <= value < math.inf):
+            yield f"hold_seconds is {value!r}, must be a number of seconds, 0 or more: correct it"
+        elif key == "full_determinism" and not isinstance(value, bool):
+            yield f"full_determinism is {value!r}, must be true or false: correct it"
+        elif key == "chunk_size" and value is not None and not (number and value == int(value) > 0):
+            yield f"chunk_size is {value!r}, must be an integer above 0: correct it"
 
 
 def estimator(job: Job) -> Iterator[str]:

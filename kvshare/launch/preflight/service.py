@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvshare.core import ports
 from kvshare.core.job import Job
-from kvshare.services.backends import BACKENDS
+from kvshare.services.backends import BACKENDS, remote
 
 
 def service(job: Job) -> Iterator[str]:
@@ -17,6 +17,8 @@ def service(job: Job) -> Iterator[str]:
 
 
 def exposure(job: Job) -> Iterator[str]:
+    if not job.shares:
+        return
     values = [str(getattr(job.lmcache, key)) for key in BACKENDS[job.backend].addresses]
     listed = [value.rpartition(":")[2] for value in values]
     for host, port in ports.exposed({int(port) for port in listed if port.isdigit()}):
@@ -24,3 +26,11 @@ def exposure(job: Job) -> Iterator[str]:
             f"port {port} of LMCache listens on {host}, other hosts can reach it, and it has no authentication: "
             "start it with 127.0.0.1, or protect it with a firewall"
         )
+
+
+def untried(job: Job) -> Iterator[str]:
+    """Say which storage is not known to work."""
+    if job.shares and job.backend == "remote":
+        for url in remote.urls(job):
+            if not url.startswith("lm://"):
+                yield f"{url} is not known to work with kvshare: only lm:// is (kvshare server, lmcache_server)"

@@ -20,5 +20,5 @@ def place(backend: Backend, listen: str, folder: Path) -> tuple[list[str], Expor
         folder: folder for the files of the service.
     """
     found = ports.free_ports(listen, backend.ports)
-    host = ports.own_address() if listen == "0.0.0.0" else listen
+    host = ports.own_address() if listen in ("0.0.0.0", "::") else listen
     return backend.command(listen, found, folder.resolve()), backend.exports(host, found, folder.resolve())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +15,70 @@ import psutil
 from kvshare.core import lmcache_settings
 from kvshare.core.errors import UserError
 from kvshare.core.job import Job
+from kvshare.core.ports import in_url
 from kvshare.services import health
 from kvshare.services.backends.interface import Backend, Exports, Ports
 
+EXTRA = "lmcache.mp."
+
+
+def addresses(job: Job) -> list[str]:
+    """URLs of the servers, as LMCacheMPConnector reads them: kv_connector_extra_config first, then remote_url."""
+    extra = job.extra_config
+    given = extra.get(f"{EXTRA}server_urls")
+    if not given and (f"{EXTRA}host" in extra or f"{EXTRA}port" in extra):
+        given = f"{extra.get(f'{EXTRA}host', 'tcp://localhost')}:{extra.get(f'{EXTRA}port', 5555)}"
+    given = given or job.lmcache.remote_url or ""
+    listed = given if isinstance(given, list) else str(given).split(",")
+    stripped = [url.strip() for url in listed if url.strip()]
+    return [url if "://" in url else f"tcp://{url}" for url in stripped]
+
 
 def _settings(job: Job, path: str | None) -> Iterator[str]:
-    if not str(job.lmcache.remote_url).startswith("tcp://"):
-        yield f"{path}: remote_url is {job.lmcache.remote_url}, the mp backend needs tcp://HOST:PORT of lmcache server"
     if job.device == "npu":
         yield "the mp backend does not run on Ascend, LMCache-Ascend 0.4.4 has only a stub of its server: use another"
+        return
+    found = addresses(job)
+    if not found:
+        yield f"{path} has no remote_url, the mp backend needs tcp://HOST:PORT of lmcache server"
+    if len(found) > 1:
+        yield f"{EXTRA}server_urls names {len(found)} servers, kvshare knows one per host: name one"
+    for url in found:
+        if not url.startswith("tcp://"):
+            yield f"{path}: remote_url is {url}, the mp backend needs tcp://HOST:PORT of lmcache server"
+    yield from _extra(job)
+
+
+def _extra(job: Job) -> Iterator[str]:
+    """Check the keys in kv_connector_extra_config by the types of LMCache's defaults."""
+    from lmcache.integration.vllm.vllm_multi_process_adapter import ExtraConfigDefault
+
+    where, defaults = "kv_connector_extra_config", {f"{EXTRA}{item.name}": item.default for item in ExtraConfigDefault}
+    known = {*defaults, *lmcache_settings.in_source(rf'(?<="){re.escape(EXTRA)}[a-z_.]+(?=")', "lmcache.integration")}
+    for key, value in job.extra_config.items():
+        if not key.startswith(EXTRA):
+            continue
+        if key not in known:
+            close = lmcache_settings.near(key, known)
+            yield f"{where}: LMCacheMPConnector knows no key {key}{close}: remove or correct it"
+            continue
+        default = defaults.get(key)
+        if isinstance(default, float) and not (_number(value) and float(value) > 0):
+            yield f"{where}: {key} is {value!r}, must be a number of seconds above 0: correct it"
+        if isinstance(default, bool) and not isinstance(value, bool):
+            yield f"{where}: {key} is {value!r}, must be true or false: correct it"
+
+
+def _number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value)) and not isinstance(value, bool)
+    except (TypeError, ValueError):
+        return False
 
 
 def _running(job: Job) -> Iterator[str]:
-    at, chunk_size = health.check_mp_server(job.lmcache.remote_url)
+    (url,) = addresses(job)
+    at, chunk_size = health.check_mp_server(url)
     nodes = job.config.trainer.nnodes
     job.facts["service"] = f"lmcache server at {at}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
     if chunk_size != job.lmcache.chunk_size:
@@ -67,7 +120,7 @@ def _check_memory(gib: Any) -> None:
 
 
 def _exports(host: str, ports: Ports, folder: Path) -> Exports:
-    return {"LMCACHE_REMOTE_URL": f"tcp://{host}:{ports['server']}"}
+    return {"LMCACHE_REMOTE_URL": f"tcp://{in_url(host)}:{ports['server']}"}
 
 
 BACKEND = Backend(

@@ -17,8 +17,14 @@ from kvshare.services.backends.interface import Backend, Exports, Ports
 
 def _settings(job: Job, path: str | None) -> Iterator[str]:
     channel = job.lmcache.transfer_channel
+    if not job.lmcache.local_cpu:
+        yield f"{path}: with local_cpu: false LMCache keeps nothing that other replicas could read: set it to true"
     if not (job.lmcache.enable_p2p and job.lmcache.enable_controller):
         yield f"{path}: the p2p backend needs enable_p2p: true and enable_controller: true"
+    for key, needed in (("retrieve_locations", "P2PBackend"), ("store_location", "LocalCPUBackend")):
+        value = getattr(job.lmcache, key, None)
+        if value and needed not in str(value):
+            yield f"{key} {value} leaves {needed} out, so nothing would be shared: remove it"
     if job.device != "npu" and not job.lmcache.enable_async_loading:
         yield f"{path}: without enable_async_loading: true LMCache never asks the other replicas: set it"
     if job.device == "npu" and channel not in ascend.TRANSFER_CHANNELS:
@@ -56,8 +62,8 @@ def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
 
 def _exports(host: str, ports: Ports, folder: Path) -> Exports:
     return {
-        "LMCACHE_CONTROLLER_PULL_URL": f"{host}:{ports['pull']}",
-        "LMCACHE_CONTROLLER_REPLY_URL": f"{host}:{ports['reply']}",
+        "LMCACHE_CONTROLLER_PULL_URL": f"{host_ports.in_url(host)}:{ports['pull']}",
+        "LMCACHE_CONTROLLER_REPLY_URL": f"{host_ports.in_url(host)}:{ports['reply']}",
     }
 
 

@@ -5,18 +5,55 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kvshare.core import policy, server_status
 from kvshare.core.job import Job
+from kvshare.core.ports import in_url
 from kvshare.services import health
 from kvshare.services.backends.interface import Backend, Exports, Ports
 
+KEEP_NOTHING = ("blackhole", "mock", "plugin://mock")
+"""Schemes of LMCache's connectors for its own tests. What one replica stores, no other finds."""
+
+
+def urls(job: Job) -> list[str]:
+    """The URLs for which LMCache makes a remote backend: remote_url, and one for each of remote_storage_plugins."""
+    plugins = [f"plugin://{name}" for name in getattr(job.lmcache, "remote_storage_plugins", None) or []]
+    return ([job.lmcache.remote_url] if job.lmcache.remote_url else []) + plugins
+
 
 def _settings(job: Job, path: str | None) -> Iterator[str]:
-    url = str(job.lmcache.remote_url or "")
-    if not url:
+    if not urls(job):
         yield f"{path} has no remote_url, so nothing would be shared: set it, e.g. lm://localhost:65432"
-    if url.startswith("lm://"):
+    for url in urls(job):
+        yield from _url(job, url)
+    if job.lmcache.remote_serde != "naive":
+        yield (
+            f"remote_serde {job.lmcache.remote_serde}: replicas would not load KV as it was stored, bit for bit; only "
+            "naive does that: set it to naive"
+        )
+    for key in ("retrieve_locations", "store_location"):
+        value = getattr(job.lmcache, key, None)
+        if value and "RemoteBackend" not in str(value):
+            yield f"{key} {value} leaves the remote server out, so nothing would be shared: remove it"
+
+
+def _url(job: Job, url: str) -> Iterator[str]:
+    """Check that one of LMCache's connectors takes the URL. If none does, the engine runs in degraded mode."""
+    from lmcache.v1.storage_backend.connector import ConnectorManager
+
+    scheme, given, _ = url.partition("://")
+    if not given:
+        yield f"remote_url {url} has no scheme, LMCache would run degraded and share nothing: write e.g. lm://HOST:PORT"
+        return
+    loop: Any = None  # unused until it connects
+    if not any(a.can_parse(url) for a in ConnectorManager(url, loop, None, job.lmcache).adapters):
+        yield f"LMCache has no connector for remote_url {url}, it would run degraded and share nothing: use lm://HOST:PORT"
+    elif scheme in KEEP_NOTHING or url in KEEP_NOTHING:
+        yield f"remote_url {url} is for LMCache's own tests and shares nothing: use lm://HOST:PORT"
+    elif scheme == "lm":
+        health.host_and_port(url)
         yield from _key(job)
 
 
@@ -35,11 +72,13 @@ def _key(job: Job) -> Iterator[str]:
 
 
 def _running(job: Job) -> Iterator[str]:
-    url = str(job.lmcache.remote_url)
-    if url.startswith("lm://"):
-        job.facts["service"] = "lmcache_server at " + health.check_lmcache_server(url)
-    else:
-        job.facts["service"] = f"{url}, not checked"
+    told = []
+    for url in urls(job):
+        if url.startswith("lm://"):
+            told.append("lmcache_server at " + health.check_lmcache_server(url))
+        else:
+            told.append(f"{url}, {health.reach(url)}")
+    job.facts["service"] = ", ".join(told)
     yield from ()
 
 
@@ -50,7 +89,7 @@ def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
 
 def _exports(host: str, ports: Ports, folder: Path) -> Exports:
     return {
-        "LMCACHE_REMOTE_URL": f"lm://{host}:{ports['server']}",
+        "LMCACHE_REMOTE_URL": f"lm://{in_url(host)}:{ports['server']}",
         server_status.VARIABLE: str(folder / "server-status.json"),
     }
 
