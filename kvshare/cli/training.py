@@ -31,9 +31,7 @@ def preflight(
     device: DeviceOption,
     hydra: Main = None,
     as_json: Json = False,
-    record: Annotated[
-        Path | None, typer.Option(help="Folder of the run that starts now, for its report.", envvar=RUN_DIR)
-    ] = None,
+    record: Annotated[Path | None, typer.Option(help="Folder of the run that starts now, for its report.")] = None,
 ) -> None:
     """Check that a run can start and will share; exit code 2 if something must be mended."""
     _quiet()
