@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from kvshare.core.freshness import STRICT
 from kvshare.record.events import Degraded, Event, Lost, OfReplica, Ready, Request, Routing, Step, Store
 from kvshare.record.rows import Logged, PolicyRows, StepRows, over
 from kvshare.record.stored import Stored
-from kvshare.record.token_sources import Counts, with_hits
+from kvshare.record.token_sources import Counts, stale, with_hits
 
 ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
 
@@ -49,6 +50,7 @@ def summarize(
         "steps_a_row": rows.size,
         "tokens": count.tokens(),
         "replica": total.by_replica(replicas),
+        "generated": total.generated(),
         "hit_rate": count.hit_rate(),
         "prefill_amplification": seen.stored.amplification(),
         "prefill_tokens_per_second": seen.prefill,
@@ -130,8 +132,8 @@ def _verdict(report: dict[str, Any]) -> str:
     if report["degraded"]:
         ranks = ", ".join(map(str, report["degraded"]))
         return f"NOT SHARING: LMCache did not start in replica {ranks}, or its server never answered; see the log."
-    if tokens["stale_hit"]:
-        return f"STALE: {tokens['stale_hit']:,} loaded tokens were computed by other weights. Please report this."
+    if count := stale(tokens):
+        return f"STALE: the KV of {count:,} tokens was computed by other weights. Please report this."
     if report.get("backend") == "no connector":
         return "A baseline: no connector, nothing was shared."
     if not tokens["prompt"]:
@@ -162,6 +164,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         f"{server['evicted']:,} entries evicted, {server['refused']:,} refused",
         "LMCache": report["late"]
         and f"came up late in replica {', '.join(map(str, report['late']))}, which shared nothing until then",
+        "freshness": _freshness(report),
+        "stale hits": _stale(report["tokens"]),
         "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
         "hit rate": report["hit_rate"] is not None and f"{report['hit_rate']:.1%} of prompt tokens were not computed",
         "time saved": _saved(report),
@@ -177,6 +181,18 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         },
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _freshness(report: dict[str, Any]) -> str:
+    mode = report.get("freshness", STRICT)
+    if mode == STRICT:
+        return mode
+    by_versions = ", ".join(f"{number:,} from KV of {versions}" for versions, number in report["generated"].items())
+    return f"{mode}: tokens generated {by_versions} versions; {report['tokens']['kept_hit']:,} prompt tokens kept"
+
+
+def _stale(tokens: dict[str, int]) -> str:
+    return f"{tokens['stale_hit']:,} by policy id, {tokens['stale_hit_by_weights']:,} by checksum of the weights"
 
 
 def _saved(report: dict[str, Any]) -> str | None:
