@@ -57,5 +57,10 @@ _HOOKS = (
         "vllm.distributed.kv_transfer.kv_connector.v1.lmcache_mp_connector",
         "lmcache.mp_connector:check_vllm_connector",
     ),
+    ("vllm.v1.worker.worker_base", "vllm.weights:patch_worker"),
+    ("vllm.v1.engine.core", "vllm.prefix_hits:patch_core"),
+    ("vllm.v1.core.block_pool", "vllm.prefix_hits:patch_block_pool"),
+    ("vllm.v1.core.kv_cache_manager", "vllm.prefix_hits:patch_manager"),
+    ("vllm.v1.core.sched.scheduler", "lmcache.keys:patch_scheduler"),
     ("vllm.v1.core.sched.scheduler", "vllm.prefix_cache:patch_scheduler"),
 )

@@ -84,9 +84,9 @@ def start_engine(processes, backend, weights, tmp_path_factory):
     # A path that lmcache_server's own key format could not carry: with @, and too long.
     model = weights.make(0, folder / "qwen@tiny" / ("long-" * 20))
 
-    def start(rank: int, name: str, **more: str) -> Engine:
-        environment = backend.environment | more
-        return Engine(processes, rank, model, folder / f"{name}.log", environment, connector=backend.connector)
+    def start(rank: int, name: str, *options: str, **more: str) -> Engine:
+        given = {"connector": backend.connector, "options": options}
+        return Engine(processes, rank, model, folder / f"{name}.log", backend.environment | more, **given)
 
     start.model = model
     return start

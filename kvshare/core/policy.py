@@ -1,8 +1,9 @@
 """Makes policy ids and cache keys, so that KV of one version of the weights is never found under another.
 
 A *policy* is one version of the weights. Its id travels with each request, as an LMCache request config (``TAG``) and
-as vLLM's ``cache_salt``. It is folded into every LMCache chunk hash. LMCache's own ``lmcache.tag.*`` key suffix is not
-enough: the P2P controller compares only chunk hashes, and an ``lm://`` key may have at most 150 characters.
+as vLLM's ``cache_salt``. It is folded into every LMCache chunk hash, with what else makes KV differ (``SALT``).
+LMCache's own ``lmcache.tag.*`` key suffix is not enough: the P2P controller compares only chunk hashes, and an
+``lm://`` key may have at most 150 characters.
 
 Pure functions, no I/O.
 """
@@ -11,19 +12,32 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from uuid import uuid4
 
 TAG = "lmcache.tag.policy"
 """Request config that carries the policy id; LMCache forwards ``lmcache.*`` from
 ``SamplingParams.extra_args["kv_transfer_params"]``."""
 
-STAMPED_AT = "kvshare.stamped_at"
-"""Request config with the Unix time at which the policy id was set. The weights may change before it arrives."""
+SALT = "lmcache.tag.salt"
+"""Request config that carries a ``key_salt``. The scheduler process sets it, also for requests with a ``TAG``."""
+
+KEPT = "lmcache.kept"
+"""Request config of a request that loads KV of an earlier policy, which its conversation has used before: the
+``cache_salt`` of that time. What the request computes is not stored. See hooks/verl/trajectory.py."""
 
 PRIVATE = "private-"
 
 MAX_MODEL_NAME = 64
 """Longest model name that is put into a key unchanged. It keeps every lm:// key well below 150 characters."""
+
+
+def touches_weights(method: str | Callable) -> bool:
+    """Whether a method of a worker changes its weights, judged by its name; an unnamed one may.
+
+    verl 0.9.1 calls update_weights_from_ipc, start_weight_update, update_verl_delta_weights and finish_weight_update.
+    """
+    return "weight" in (method if isinstance(method, str) else getattr(method, "__name__", "weight"))
 
 
 def new_run() -> str:
@@ -46,16 +60,33 @@ def is_private(policy: str) -> bool:
     return policy.startswith(PRIVATE)
 
 
-def fold(chunk_hash: int, policy: str) -> int:
+def key_salt(config: str, adapter: str, cache_salt: str) -> str:
+    """What else than policy and rank makes the KV of given tokens differ: 16 hex digits.
+
+    Args:
+        config: id of the engine's configuration.
+        adapter: LoRA adapter; an empty string if none.
+        cache_salt: vLLM's ``cache_salt`` of the request; an empty string if none. Users put a tenant or a version of
+            the weights there.
+    """
+    return hashlib.sha256(repr((config, adapter, cache_salt)).encode()).hexdigest()[:16]
+
+
+def fold(chunk_hash: int, policy: str, salt: str = "", rank: int = 0) -> int:
     """LMCache's chunk hash under a policy: an unsigned 64-bit integer.
 
     Args:
         chunk_hash: LMCache's prefix hash of the chunk (any integer).
-        policy: policy id; an empty string leaves the hash unchanged.
+        policy: policy id.
+        salt: ``key_salt`` of the request.
+        rank: of the worker that stores the chunk.
+
+    Raises:
+        ValueError: if the policy is empty: the key would be the same for all weights.
     """
     if not policy:
-        return chunk_hash
-    digest = hashlib.blake2b(f"{chunk_hash}:{policy}".encode(), digest_size=8).digest()
+        raise ValueError("a key without a policy: KV of other weights would be found under it")
+    digest = hashlib.blake2b(repr((chunk_hash, policy, salt, rank)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 

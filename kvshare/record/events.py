@@ -30,12 +30,20 @@ class Degraded(OfReplica):
 
 
 class Store(OfReplica):
+    """``weights``: checksum of those that computed the KV, the worker's ``epoch``-th."""
+
     policy: str
     keys: list[int]
+    epoch: int = 0
+    weights: str = ""
 
 
 class Load(OfReplica):
-    """``tokens`` of each key, the tokens that the lookup ``expected``, and the ``seconds`` that the load took."""
+    """``tokens`` of each key, the tokens that the lookup ``expected``, and the ``seconds`` that the load took.
+
+    ``weights``: checksum of those that use the KV. ``kept``: whether a conversation loads KV of the policy under which
+    it began.
+    """
 
     policy: str
     keys: list[int]
@@ -43,22 +51,35 @@ class Load(OfReplica):
     expected: int
     seconds: float = 0.0
     request: str | None = None
+    epoch: int = 0
+    weights: str = ""
+    kept: bool = False
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.tokens):
             raise ValueError("keys and tokens differ in length")
 
 
+class StalePrefix(OfReplica):
+    """Tokens that vLLM's prefix cache had, and that were computed before an update of the weights."""
+
+    policy: str
+    tokens: int
+
+
 class Request(OfReplica):
     """Tokens of the ``prompt``, those that vLLM did not schedule (``cached``), and the engine's ``prefill`` rate.
 
-    The rate is that up to the first token, in tokens per second; None if it is not known.
+    The rate is that up to the first token, in tokens per second; None if it is not known. ``generated`` counts tokens,
+    and ``versions`` those of the weights that their KV may come from.
     """
 
     policy: str
     prompt: int
     cached: int
     prefill: float | None = None
+    generated: int = 0
+    versions: int = 1
 
 
 class Lost(Event):
@@ -86,7 +107,7 @@ class Step(Event):
     server: dict[str, int] | None = None
 
 
-_ANY = Ready | Degraded | Store | Load | Request | Lost | Routing | Step
+_ANY = Ready | Degraded | Store | Load | StalePrefix | Request | Lost | Routing | Step
 _decoder = msgspec.json.Decoder(_ANY)
 
 

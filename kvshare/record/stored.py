@@ -21,6 +21,8 @@ class Hits:
     shared: int = 0
     unknown: int = 0
     stale: int = 0
+    by_weights: int = 0  # stale, seen by the checksum of the weights
+    kept: int = 0
 
 
 class Table(Protocol):
@@ -29,10 +31,11 @@ class Table(Protocol):
 
 
 class Stored:
-    """Remembers who stored each key: which replicas, under which policies.
+    """Remembers who stored each key: which replicas, under which policies, with which weights.
 
-    A value of the table is a policy's hash of 32 bits, and the index of a set of replicas. A key that was stored under
-    several policies has SEVERAL there and all its replicas. Each of its policies then has an entry at a key of its own.
+    A value of the table is a policy's hash of 32 bits, and the index of a set of replicas with a hash of their weights.
+    A key that was stored under several policies has SEVERAL there and all its replicas. Each of its policies then has
+    an entry at a key of its own. Several weights are SEVERAL, too.
 
     Args:
         table: KeyTable to remember all keys, RecentKeys to remember some.
@@ -40,40 +43,39 @@ class Stored:
 
     def __init__(self, table: Table | None = None) -> None:
         self._table = table if table is not None else KeyTable()
-        self._sets = [0]  # bit r of a set: replica r
-        self._index = {0: 0}
+        self._sets = [(0, 0)]  # bit r of the first: replica r; the second: hash of the weights
+        self._index = {(0, 0): 0}
         self._stored = self._distinct = 0  # chunks; the same chunk under another policy is another one
 
     def add(self, store: Store) -> None:
-        policy, replica = hash(store.policy) & POLICY, 1 << store.replica
+        policy, weights, replica = hash(store.policy) & POLICY, hash(store.weights) & POLICY, 1 << store.replica
         for key in store.keys:
-            self._add(key & MASK, policy, replica)
+            self._add(key & MASK, policy, weights, replica)
 
-    def _add(self, key: int, policy: int, replica: int) -> None:
+    def _add(self, key: int, policy: int, weights: int, replica: int) -> None:
         value = self._table.get(key)
-        known, replicas = value >> 32, self._sets[value & SET]
+        known, (replicas, by) = value >> 32, self._sets[value & SET]
         if replicas and known != policy:
             if known != SEVERAL:
                 self._table.put(_key_of(key, known), value)
-            self._put(key, SEVERAL, replicas | replica)
+            self._put(key, SEVERAL, replicas | replica, weights if by == weights else SEVERAL)
             key = _key_of(key, policy)
-            replicas = self._sets[self._table.get(key) & SET]
+            replicas, by = self._sets[self._table.get(key) & SET]
         self._distinct += not replicas
-        if not replicas & replica:
-            self._stored += 1
-            self._put(key, policy, replicas | replica)
+        self._stored += not replicas & replica
+        self._put(key, policy, replicas | replica, weights if by == weights or not replicas else SEVERAL)
 
-    def _put(self, key: int, policy: int, replicas: int) -> None:
-        if (index := self._index.setdefault(replicas, len(self._sets))) == len(self._sets):
-            self._sets.append(replicas)
+    def _put(self, key: int, policy: int, replicas: int, weights: int) -> None:
+        if (index := self._index.setdefault((replicas, weights), len(self._sets))) == len(self._sets):
+            self._sets.append((replicas, weights))
         self._table.put(key, policy << 32 | index)
 
     def hits(self, load: Load) -> Hits:
         found = Hits()
-        own, replica = hash(load.policy) & POLICY, 1 << load.replica
+        own, weights, replica = hash(load.policy) & POLICY, hash(load.weights) & POLICY, 1 << load.replica
         for key, tokens in zip(load.keys, load.tokens, strict=True):
             value = self._table.get(key & MASK)
-            replicas = self._sets[value & SET]
+            replicas, by = self._sets[value & SET]
             if replicas & replica:
                 found.local += tokens
             elif replicas:
@@ -82,6 +84,10 @@ class Stored:
                 found.unknown += tokens
             if replicas and value >> 32 != own:
                 found.stale += tokens
+            if load.kept:
+                found.kept += tokens
+            elif replicas and by != weights:
+                found.by_weights += tokens
         return found
 
     def amplification(self) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from kvshare.core.freshness import STRICT
 from kvshare.record.events import Degraded, Event, Lost, OfReplica, Ready, Request, Routing, Step, Store
 from kvshare.record.rows import Logged, PolicyRows, StepRows, over
 from kvshare.record.stored import Stored
@@ -51,6 +52,7 @@ def summarize(
         "longest_prompt": seen.longest_prompt,
         "tokens": count.tokens(),
         "replica": total.by_replica(replicas),
+        "generated": total.generated(),
         "hit_rate": count.hit_rate(),
         "prefill_amplification": seen.stored.amplification(),
         "prefill_tokens_per_second": seen.prefill,
@@ -147,6 +149,8 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         f"{server['evicted']:,} entries evicted, {server['refused']:,} refused",
         "LMCache": report["late"]
         and f"came up late in replica {', '.join(map(str, report['late']))}, which shared nothing until then",
+        "freshness": _freshness(report),
+        "stale hits": _stale(report["tokens"]),
         "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
         "hit rate": report["hit_rate"] is not None and f"{report['hit_rate']:.1%} of prompt tokens were not computed",
         "time saved": _saved(report),
@@ -162,6 +166,18 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         },
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _freshness(report: dict[str, Any]) -> str:
+    mode = report.get("freshness", STRICT)
+    if mode == STRICT:
+        return mode
+    by_versions = ", ".join(f"{number:,} from KV of {versions}" for versions, number in report["generated"].items())
+    return f"{mode}: tokens generated {by_versions} versions; {report['tokens']['kept_hit']:,} prompt tokens kept"
+
+
+def _stale(tokens: dict[str, int]) -> str:
+    return f"{tokens['stale_hit']:,} by policy id, {tokens['stale_hit_by_weights']:,} by checksum of the weights"
 
 
 def _saved(report: dict[str, Any]) -> str | None:

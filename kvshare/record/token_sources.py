@@ -6,7 +6,14 @@
 * ``shared_hit``: loaded after another replica stored them;
 * ``unknown_hit``: loaded, with no store in the record.
 
-``stale_hit`` counts the loaded tokens whose key was also stored under another policy.
+Stale tokens are counted twice, in ways that do not know of each other:
+
+* ``stale_hit``: loaded tokens whose key was also stored under another policy id;
+* ``stale_hit_by_weights``: loaded tokens whose key was also stored by weights with another checksum, and tokens of
+  vLLM's prefix cache that were computed before a weight update.
+
+``kept_hit`` counts the loaded tokens that a conversation keeps of an earlier policy (``core.freshness``, trajectory).
+They are not stale.
 
 Events are read twice, first for what was stored, then for the counts: the clocks of hosts differ, so the time of a load
 may be before that of its store. The metrics of a step and the report use the same classes.
@@ -19,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvshare.record.events import Event, Load, Request, Store
+from kvshare.record.events import Event, Load, Request, StalePrefix, Store
 from kvshare.record.stored import Hits, Stored
 
 SOURCES = ("computed", "local_hit", "shared_hit", "unknown_hit")
@@ -37,6 +44,8 @@ class Count:
     shared: int = 0
     unknown: int = 0
     stale: int = 0
+    by_weights: int = 0
+    kept: int = 0
     seconds: float = 0.0  # of loads
 
     def request(self, request: Request) -> None:
@@ -50,6 +59,8 @@ class Count:
         self.shared += hits.shared
         self.unknown += hits.unknown
         self.stale += hits.stale
+        self.by_weights += hits.by_weights
+        self.kept += hits.kept
 
     def __add__(self, other: Count) -> Count:
         return Count(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Count)))
@@ -65,6 +76,8 @@ class Count:
             "shared_hit": self.shared,
             "unknown_hit": self.unknown,
             "stale_hit": self.stale,
+            "stale_hit_by_weights": self.by_weights,
+            "kept_hit": self.kept,
         }
 
     def hit_rate(self) -> float | None:
@@ -84,22 +97,35 @@ class Count:
         return (self.local + self.shared + self.unknown) / prefill - self.seconds if prefill else None
 
 
+def stale(tokens: dict[str, int]) -> int:
+    """Stale tokens by whichever count saw more."""
+    return max(tokens["stale_hit"], tokens["stale_hit_by_weights"])
+
+
 class Counts:
     """The counts of each replica."""
 
     def __init__(self) -> None:
         self._counts: defaultdict[int, Count] = defaultdict(Count)
+        self._generated: defaultdict[int, int] = defaultdict(int)  # tokens by versions of the weights
 
     def add(self, event: Event, hits: Hits | None) -> None:
         """``hits``: those of a load, as ``Stored.hits`` found them."""
         if isinstance(event, Request):
             self._counts[event.replica].request(event)
+            self._generated[event.versions] += event.generated
+        elif isinstance(event, StalePrefix):
+            self._counts[event.replica].by_weights += event.tokens
         elif isinstance(event, Load) and hits is not None:
             self._counts[event.replica].load(event, hits)
 
     def count(self) -> Count:
         """Of all replicas."""
         return sum(self._counts.values(), Count())
+
+    def generated(self) -> dict[str, int]:
+        """Generated tokens by the number of versions of the weights that their KV may come from."""
+        return {str(versions): tokens for versions, tokens in sorted(self._generated.items())}
 
     def by_replica(self, replicas: int) -> list[dict[str, int]]:
         return [{"rank": rank, **self._counts.get(rank, Count()).tokens()} for rank in range(replicas)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvshare.record.token_sources import stale
+
 
 def of(report: dict[str, Any]) -> str:
     """The verdict on a report as summary.py makes it. The first that applies, the worst ones first."""
@@ -11,8 +13,8 @@ def of(report: dict[str, Any]) -> str:
     if report["degraded"]:
         ranks = ", ".join(map(str, report["degraded"]))
         return f"NOT SHARING: LMCache did not start in replica {ranks}, or its server never answered; see the log."
-    if tokens["stale_hit"]:
-        return f"STALE: {tokens['stale_hit']:,} loaded tokens were computed by other weights. Please report this."
+    if count := stale(tokens):
+        return f"STALE: the KV of {count:,} tokens was computed by other weights. Please report this."
     if report.get("backend") == "no connector":
         return "A baseline: no connector, nothing was shared."
     if not tokens["prompt"]:

@@ -70,8 +70,13 @@ class _OfRequest(_Event):
     policy: str
 
 
-class Store(_OfRequest):
+class _WithWeights(_OfRequest):
     keys: list[int]
+    epoch: int
+    weights: str
+
+
+class Store(_WithWeights): ...
 
 
 class Stored(_OfRequest):
@@ -79,11 +84,11 @@ class Stored(_OfRequest):
     seconds: float
 
 
-class Load(_OfRequest):
-    keys: list[int]
+class Load(_WithWeights):
     tokens: list[int]
     expected: int
     seconds: Annotated[float, msgspec.Meta(gt=0)]
+    kept: bool = False
 
     def __post_init__(self) -> None:
         if len(self.keys) != len(self.tokens):
@@ -94,7 +99,11 @@ class Partial(_OfRequest):
     tokens: int
 
 
-_decoder = msgspec.json.Decoder(Ready | Store | Stored | Load | Partial)
+class StalePrefix(_OfRequest):
+    tokens: int
+
+
+_decoder = msgspec.json.Decoder(Ready | Store | Stored | Load | Partial | StalePrefix)
 
 
 class Receiver:

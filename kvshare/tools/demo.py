@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kvshare.core.errors import UserError
 from kvshare.launch.preflight.record import move_earlier
-from kvshare.record import report
+from kvshare.record import report, token_sources
 from kvshare.services.processes import Processes
 from kvshare.tools import gsm8k, tiny_model
 
@@ -116,8 +116,8 @@ def failures(result: dict[str, Any]) -> list[str]:
     """One line for each promise of the demo that a report does not keep."""
     tokens, pearson = result["tokens"], result["mismatch"]["pearson_min"]
     out = [f"replica {r['rank']} received no shared KV" for r in result["replica"] if not r["shared_hit"]]
-    if tokens["stale_hit"]:
-        out.append(f"{tokens['stale_hit']} tokens came from KV of other weights")
+    if stale := token_sources.stale(tokens):
+        out.append(f"{stale} tokens came from KV of other weights")
     if pearson is None or pearson < 0.999:
         out.append(f"rollout and actor disagree: correlation {pearson}")
     return out

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -11,26 +12,29 @@ RUN = st.text("0123456789abcdef", min_size=16, max_size=16)
 POLICY = st.builds(policy.policy_id, RUN, st.integers(0, 10**6))
 
 
-@given(HASH, POLICY, POLICY)
-def test_two_policies_never_share_a_key(chunk, one, other):
-    assume(one != other)
-    assert policy.fold(chunk, one) != policy.fold(chunk, other)
+TEXT = st.text("@+.-ab1", max_size=4)  # what could run into its neighbour
+IDENTITY = st.tuples(HASH, TEXT.filter(bool), TEXT, st.integers(0, 3))  # chunk, policy, salt, rank
 
 
-@given(HASH, HASH, POLICY)
-def test_two_chunks_never_share_a_key(one, other, name):
-    assume(one != other)
-    assert policy.fold(one, name) != policy.fold(other, name)
+@given(IDENTITY, IDENTITY)
+def test_keys_differ_as_what_they_are_of(one, other):
+    assert (policy.fold(*one) == policy.fold(*other)) == (one == other)
 
 
-@given(HASH, POLICY)
-def test_folded_hash_is_unsigned_64_bit(chunk, name):
-    assert 0 <= policy.fold(chunk, name) < 2**64
+@given(IDENTITY)
+def test_folded_hash_is_unsigned_64_bit(identity):
+    assert 0 <= policy.fold(*identity) < 2**64
 
 
 @given(HASH)
-def test_no_policy_leaves_the_hash(chunk):
-    assert policy.fold(chunk, "") == chunk
+def test_no_key_without_a_policy(chunk):
+    with pytest.raises(ValueError, match="without a policy"):
+        policy.fold(chunk, "")
+
+
+@given(st.tuples(TEXT, TEXT, TEXT), st.tuples(TEXT, TEXT, TEXT))
+def test_salts_differ_as_configuration_adapter_and_cache_salt(one, other):
+    assert (policy.key_salt(*one) == policy.key_salt(*other)) == (one == other)
 
 
 def test_no_two_runs_are_the_same():

@@ -1,17 +1,23 @@
 """Which policy the scheduler gives a request: vLLM's and LMCache's real classes, no process."""
 
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm import SamplingParams
+from hypothesis import given as given_by
+from hypothesis import strategies as st
+from lmcache.v1.config import LMCacheEngineConfig
+from lmcache.v1.metadata import LMCacheMetadata
+from lmcache.v1.token_database import ChunkedTokenDatabase
+from vllm import PoolingParams, SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.request import Request
 
+from kvshare import vllm_plugin
 from kvshare.core import policy
 from kvshare.hooks.lmcache import keys
-from kvshare.hooks.verl.rollout_server import _tag
 
 RUN = policy.policy_id("0123456789abcdef", 1)
 
@@ -23,53 +29,110 @@ def engine(monkeypatch):
     return fresh
 
 
-def request(params=None, **kwargs):
-    params = params or SamplingParams(max_tokens=1)
-    params.max_tokens = 1
-    return Request("r", [1, 2, 3], params, None, **kwargs)
+def request(stamp=None, **kwargs):
+    """One that the scheduler has just got."""
+    params = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {policy.TAG: stamp}} if stamp else None)
+    made = Request("r", [1, 2, 3], params, None, **kwargs)
+    keys.engine.added(made)
+    return made
+
+
+def configs(asked):
+    """The request configs under which it is looked up, and stored."""
+    instance = SimpleNamespace(lookup_client=None)
+
+    def extract(seen):
+        return keys._with_policy(
+            lambda params: (params.extra_args or {}).get("kv_transfer_params"), None, (seen.sampling_params,), {}
+        )
+
+    return keys._stamp(extract, instance, (asked,), {})
 
 
 def given(asked):
-    """The policy under which it is looked up, and stored."""
-    instance = SimpleNamespace(lookup_client=None)
-    return keys._stamp(
-        lambda seen: keys._with_policy(
-            lambda params: (params.extra_args or {}).get("kv_transfer_params"), None, (seen.sampling_params,), {}
-        )[policy.TAG],
-        instance,
-        (asked,),
-        {},
-    )
-
-
-def stamped():
-    params = SamplingParams()
-    _tag(params, RUN, "r")
-    return params
+    return configs(asked)[policy.TAG]
 
 
 def test_stamp_is_kept(engine):
-    assert given(request(stamped())) == RUN
+    assert given(request(RUN)) == RUN
 
 
-def test_stamped_before_a_reset_and_arrived_after_it(engine):
-    """vLLM preprocesses a prompt on a thread of its own, and notes the time of arrival when that begins."""
-    params = stamped()
+def test_stamped_before_a_reset_and_scheduled_after_it(engine):
+    waiting = request(RUN)
     engine.reset()
-    assert policy.is_private(given(request(params, arrival_time=engine.reset_at + 1)))
+    assert policy.is_private(given(waiting))
+    assert given(request(RUN)) == RUN
 
 
-def test_arrived_before_a_reset_and_stamped_after_it(engine):
-    """Of the HTTP API a prompt is preprocessed first."""
-    arrived = time.time()
+def test_looked_up_before_a_reset_and_scheduled_after_it(engine):
+    waiting = [request(RUN), request()]
+    before = [given(one) for one in waiting]
     engine.reset()
-    assert given(request(stamped(), arrival_time=arrived)) == RUN
+    assert not set(before) & {given(one) for one in waiting}
 
 
-def test_time_of_stamping_that_is_none(engine):
-    """Anybody can send one to a server of vLLM's own."""
-    params = SamplingParams(extra_args={"kv_transfer_params": {policy.TAG: RUN, policy.STAMPED_AT: "today"}})
-    assert given(request(params)) == RUN
+def test_request_that_no_scheduler_has_noted(engine):
+    unknown = request(RUN)
+    del unknown.kvshare_added
+    assert policy.is_private(given(unknown))
+
+
+def test_salt_of_the_request_is_in_the_key(engine):
+    """Tenants, and users who put the version of the weights there (SkyRL, prime-rl, torchtitan)."""
+    for stamp in (None, RUN):
+        one, same, other, none = (request(stamp, cache_salt=salt) for salt in ("v1", "v1", "v2", None))
+        assert key(configs(one)) == key(configs(same))
+        assert len({key(configs(one)), key(configs(other)), key(configs(none))}) == 3
+
+
+def test_pooling_requests_share_nothing(engine):
+    """LMCache makes their keys without looking at adapter and salt."""
+    found = [keys._with_policy(lambda params: None, None, (None,), {}) for _ in range(2)]
+    assert key(found[0]) != key(found[1])
+    assert all(one["lmcache.skip_save"] for one in found)
+    pooled = Request("r", [1, 2, 3], None, PoolingParams(), None)
+    engine.added(pooled)
+    keys._stamp(lambda seen: None, SimpleNamespace(lookup_client=None), (pooled,), {})
+
+
+@given_by(*[st.tuples(*[st.sampled_from("ab")] * 4, st.integers(0, 1))] * 2)
+def test_keys_differ_as_policy_configuration_adapter_salt_and_rank(one, other):
+    assert (key_of(*one) == key_of(*other)) == (one == other)
+
+
+def key_of(stamp, config, adapter, salt, rank):
+    state = keys.EnginePolicy()
+    state.config = config
+    lora = LoRARequest(adapter, 1, "/path")
+    asked = Request("r", [1, 2, 3], SamplingParams(), None, cache_salt=salt, lora_request=lora)
+    return key({policy.TAG: stamp, policy.SALT: state.salt_of(asked)}, rank)
+
+
+def key(request_configs, rank=0):
+    """LMCache's own key of a chunk, in a worker."""
+    vllm_plugin.register()
+    config = LMCacheEngineConfig.from_defaults(chunk_size=16)
+    database = ChunkedTokenDatabase(config, LMCacheMetadata("qwen", 2, 2, rank, rank, torch.float32, (1, 2, 16, 1, 16)))
+    ((_, _, made),) = database.process_tokens(tokens=torch.arange(16), request_configs=request_configs)
+    return made.chunk_hash
+
+
+def test_key_without_a_policy_is_found_by_nobody():
+    assert len({key({}) for _ in range(3)}) == 3
+
+
+def test_outputs_of_the_vision_encoder_belong_to_a_policy(engine):
+    """vLLM finds them by the image alone: KV computed from those of old weights would be stored as new."""
+    cache = EncoderCacheManager(cache_size=100)
+    first = request(RUN, mm_features=[image()])
+    assert cache.can_allocate(first, 0, 100, 0)
+    cache.allocate(first, 0)
+    assert cache.check_and_update_cache(request(RUN, mm_features=[image()]), 0)
+    assert not cache.check_and_update_cache(request(policy.policy_id("run", 2), mm_features=[image()]), 0)
+
+
+def image():
+    return MultiModalFeatureSpec(data=None, modality="image", identifier="hash", mm_position=PlaceholderRange(0, 2))
 
 
 def test_adapter_that_replaces_another_of_its_name(engine):

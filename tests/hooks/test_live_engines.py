@@ -1,5 +1,6 @@
 """Real vLLM processes sharing through a real server: kvshare's, or LMCache's multi-process one (--backend mp)."""
 
+import json
 import random
 
 import pytest
@@ -74,6 +75,29 @@ def test_another_policy_finds_nothing(engines, prompt):
     same(cold, first.ask(prompt, "run-2"))
 
 
+def test_another_cache_salt_finds_nothing(engines, prompt):
+    """Another tenant's, or another version's of the weights."""
+    first, second = engines
+    cold = first.ask(prompt, "run-1", cache_salt="a")
+    start = len(second.events)
+    same(cold, second.ask(prompt, "run-1", cache_salt="b"))
+    assert second.hits(start) == 0
+    same(cold, second.ask(prompt, "run-1", cache_salt="a"))
+    assert second.hits(start) == WHOLE
+
+
+def test_another_configuration_finds_nothing(engines, start_engine, prompt):
+    rope = json.dumps({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+    other = start_engine(1, "rope", "--hf-overrides", rope).wait()
+    engines[0].ask(prompt, "run-1")
+    cold = other.ask(prompt, "run-1")
+    assert other.hits(0) == 0
+    other.reset(connector=False)
+    same(cold, other.ask(prompt, "run-1"))
+    assert other.hits(0) == WHOLE
+    other.kill()
+
+
 def test_unstamped_requests_never_cross_a_reset(engines, prompt):
     first = engines[0]
     cold = first.ask(prompt)
@@ -92,16 +116,21 @@ def test_unstamped_requests_never_cross_a_reset(engines, prompt):
 
 
 @pytest.mark.slow  # it starts an engine of its own
-def test_staleness_is_measured(engines, start_engine, prompt, tmp_path):
-    """0 with the policy in the keys; not 0 when it is taken out of them: the count can see it."""
+def test_staleness_is_measured(engines, start_engine, weights, prompt, tmp_path):
+    """0 with the policy in the keys; not 0 when it is taken out of them: both counts can see it."""
     plain = start_engine(0, "plain", PYTHONPATH=plugin_path(tmp_path)).wait()
-    assert _stale(engines[0], prompt) == 0
-    assert _stale(plain, prompt) == WHOLE
+    assert _stale(engines[0], prompt) == (0, 0)
+    assert _stale(plain, prompt) == (WHOLE, 0)  # the weights did not change
+    assert _stale(plain, prompt[1:] + prompt[:1], weights.make(1)) == (WHOLE, WHOLE)
     plain.kill()
 
 
-def _stale(engine, prompt):
+def _stale(engine, prompt, changed=None):
+    """Stale tokens by policy id and by weights, of a prompt that is asked for under two policies."""
     start = len(engine.events)
     engine.ask(prompt, "run-1")
+    if changed:
+        engine.load(changed)
     engine.ask(prompt, "run-2")
-    return summary.summarize(recorded(engine.events[start:]), [], {"replicas": 1})["tokens"]["stale_hit"]
+    tokens = summary.summarize(recorded(engine.events[start:]), [], {"replicas": 1})["tokens"]
+    return tokens["stale_hit"], tokens["stale_hit_by_weights"]

@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 
 import pytest
 from conftest import CHUNK
@@ -25,8 +24,7 @@ class Replica:
         self.version, self.policy = 0, None
 
     def ask(self, prompt, tokens=4):
-        now = time.time()
-        return self.engine.ask(prompt, self.policy or policy.private_policy(), tokens, now)
+        return self.engine.ask(prompt, self.policy or policy.private_policy(), tokens)
 
     def check(self, prompt):
         answer = self.ask(prompt)
@@ -114,6 +112,56 @@ def test_local_tier_is_given_back(replicas, prompts, backend):
     until(lambda: engine.local_tier() == HITS * BYTES)
 
 
+def test_version_in_the_cache_salt_and_no_reset(replicas, weights, prompts):
+    """The habit of SkyRL, prime-rl and torchtitan, in requests that nobody stamps."""
+    replica, prompt = replicas[0], prompts[0]
+    for version in (5, 6):
+        replica.engine.load(weights.make(version))
+        for cached in (0, HITS):
+            answer = replica.engine.ask(prompt, tokens=4, cache_salt=f"version-{version}")
+            weights.check(version, prompt, answer)
+            assert answer.cached == cached
+    replica.update(6, policy.new_run())
+
+
+def test_kv_of_new_weights_under_an_old_policy_is_seen(replicas, weights, prompts):
+    """The count by policy id cannot see it, the count by weights does: in LMCache, and in vLLM's own prefix cache."""
+    replica, prompt = replicas[0], prompts[0]
+    engine, start = replica.engine, len(replica.engine.events)
+    for version in (7, 8):
+        engine.load(weights.make(version))
+        engine.reset(connector=False)
+        engine.ask(prompt, "run-wrong")
+    assert stale(engine.events[start:]) == (0, HITS)
+    engine.load(weights.make(9))
+    assert engine.ask(prompt, "run-wrong").cached == HITS  # nobody has reset vLLM's
+    assert stale(engine.events[start:]) == (0, 2 * HITS)
+    replica.update(9, policy.new_run())
+
+
+def test_a_conversation_keeps_its_kv(replicas, prompts):
+    """Freshness mode trajectory: across an update, and nobody else finds what it keeps, or what it computes then."""
+    replica, prompt, run = replicas[0], prompts[0], policy.new_run()
+    replica.update(30, run)
+    began = replica.policy
+    replica.check(prompt)
+    replica.update(31, run)
+    start = len(replica.engine.events)
+    kept = {"cache_salt": f"{began}~talk", "configs": {policy.KEPT: began}}
+    assert replica.engine.ask([*prompt, *prompt[:CHUNK]], began, **kept).cached == HITS
+    tokens = summary.summarize(recorded(replica.engine.events[start:]), [], {"replicas": 1})["tokens"]
+    assert (tokens["kept_hit"], tokens["stale_hit_by_weights"]) == (HITS, 0)
+    assert "store" not in [event["op"] for event in replica.engine.events[start:]]
+    assert replica.check(prompt) == 0
+    assert replica.check(prompt) == HITS
+
+
+def stale(events):
+    """Tokens by policy id, and by weights."""
+    tokens = summary.summarize(recorded(events), [], {"replicas": 2})["tokens"]
+    return tokens["stale_hit"], tokens["stale_hit_by_weights"]
+
+
 def test_fifty_updates(replicas, prompts, record_property):
     """Two engines, updated and asked in random order, with requests under way across the updates."""
     rng = random.Random(0)
@@ -125,6 +173,8 @@ def test_fifty_updates(replicas, prompts, record_property):
             updates += 1
             across = threading.Thread(target=replica.ask, args=(rng.choice(prompts), 30))
             across.start()
+            while across.is_alive() and not replica.engine.metric("vllm:num_requests_running"):
+                pass  # stamps and resets must come in the order in which they are sent
             # Mostly what the other one has already, or will have.
             replica.update(10 + updates // 2, run, fails=rng.random() < 0.1)
             across.join()
@@ -134,7 +184,8 @@ def test_fifty_updates(replicas, prompts, record_property):
     events = [e for r, start in zip(replicas, started, strict=True) for e in r.engine.events[start:]]
     tokens = summary.summarize(recorded(events), [], {"replicas": 2})["tokens"]
     print(f"\n50 updates: {asked} requests checked, {hits} tokens hit, {tokens['shared_hit']} shared, 0 stale")
-    assert tokens["stale_hit"] == 0
+    assert (tokens["stale_hit"], tokens["stale_hit_by_weights"]) == (0, 0)
+    assert len({event["weights"] for event in events if event["op"] == "load"}) > 10
     assert tokens["shared_hit"] > 0
     assert hits >= 10_000
 

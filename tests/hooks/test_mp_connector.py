@@ -1,7 +1,6 @@
 """The multi-process connector's bookkeeping: LMCache's and vLLM's real classes, no process."""
 
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +21,11 @@ def engine(monkeypatch):
 
 
 def request(stamp=None, salt=None, **more):
-    configs = {policy.TAG: stamp, policy.STAMPED_AT: time.time()} if stamp else {}
+    configs = {policy.TAG: stamp} if stamp else {}
     params = SamplingParams(extra_args={"kv_transfer_params": configs})
-    return Request("r", list(range(600)), params, None, cache_salt=salt, arrival_time=time.time(), **more)
+    made = Request("r", list(range(600)), params, None, cache_salt=salt, **more)
+    mp_connector.engine.added(made)
+    return made
 
 
 def track(*args, **more):
@@ -55,6 +56,12 @@ def test_stamp_is_the_salt(engine):
     assert track("p").request_configs[policy.TAG] == "p"
 
 
+def test_configuration_is_in_the_salt(engine):
+    before = [track(), track("p")]
+    engine.config = "another rope_theta"
+    assert not {one.cache_salt for one in before} & {track().cache_salt, track("p").cache_salt}
+
+
 def test_unstamped_is_this_engines_until_a_reset(engine):
     before = track().cache_salt
     assert before == track().cache_salt != track(None, "mine").cache_salt
@@ -73,9 +80,8 @@ def test_stamped_before_a_reset_and_scheduled_after_it(engine):
     Connector().reset()
     now = [LMCacheMPRequestTracker(one).cache_salt for one in waiting]
     assert len(known | set(now)) == 6
-    overtaken = waiting[0]
-    overtaken.arrival_time = time.time()  # the reset was faster
-    assert policy.is_private(LMCacheMPRequestTracker(overtaken).request_configs[policy.TAG])
+    assert policy.is_private(LMCacheMPRequestTracker(waiting[0]).request_configs[policy.TAG])
+    assert track("p", "p").request_configs[policy.TAG] == "p"
 
 
 def test_reset_takes_back_what_was_promised(engine):
@@ -93,6 +99,7 @@ def test_reset_takes_back_what_was_promised(engine):
 
 
 def test_settings_come_from_lmcaches_file_unless_given(engine, monkeypatch):
+    monkeypatch.setattr(engine, "loaded", lambda config: None)
     monkeypatch.delenv("LMCACHE_CONFIG_FILE", raising=False)
     monkeypatch.setenv("LMCACHE_REMOTE_URL", "tcp://there:1")
     monkeypatch.setenv("LMCACHE_BLOCKING_TIMEOUT_SECS", "3")
@@ -107,8 +114,7 @@ def test_settings_come_from_lmcaches_file_unless_given(engine, monkeypatch):
 
 def configured(extra):
     transfer = SimpleNamespace(kv_connector_extra_config=dict(extra))
-    model = SimpleNamespace(model="nowhere", revision=None)
-    config = SimpleNamespace(kv_transfer_config=transfer, model_config=model)
+    config = SimpleNamespace(kv_transfer_config=transfer)
     mp_connector._init(lambda *args: None, None, (config, None), {})
     return transfer.kv_connector_extra_config
 

@@ -7,12 +7,14 @@ import pytest
 from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine import EngineCoreRequest
 from waiting import STUCK
 
 from kvshare.core import policy
 from kvshare.hooks.verl import rollout_server
-from kvshare.hooks.verl.loads import Loads
-from kvshare.hooks.verl.rollout_server import KVShareReplica, KVShareServer, _salted, _server_class, _tag
+from kvshare.hooks.verl.replica_policy import ReplicaPolicy
+from kvshare.hooks.verl.rollout_server import KVShareReplica, KVShareServer, _server_class
+from kvshare.hooks.verl.trajectory import Stamp
 from kvshare.record import worker_events
 from kvshare.record.event_log import EventLog
 from kvshare.record.event_reader import Reader
@@ -24,17 +26,26 @@ from kvshare.routing.prefixes import StoredPrefixes
 def server():
     """A server before its engine starts; the policy needs no more."""
     made = _server_class("0123456789abcdef").__new__(_server_class("0123456789abcdef"))
-    made.global_steps, made._updating, made._warned = None, False, False
-    made._before_first_update, made.replica_rank = policy.private_policy(), 0
+    made.node_rank = made.replica_rank = 0
+    made._policy, made._stamps, made._warned = ReplicaPolicy(made.run), {}, False
     made._prefixes, made._rates, made._policy_changed = StoredPrefixes(), Rates(), asyncio.Event()
     return made
 
 
-def test_policy_through_an_update(server, monkeypatch):
-    async def nothing(*args, **kwargs): ...
+@pytest.fixture
+def calls(server, monkeypatch):
+    """verl's calls, with an engine that only notes its resets; ``calls.fail`` makes an update fail."""
 
-    monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", nothing)
-    server.engine = _Engine()
+    async def collective_rpc(self, method):
+        if calls.fail:
+            raise RuntimeError(method)
+
+    calls = server.engine = _Engine()
+    monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", collective_rpc)
+    return calls
+
+
+def test_policy_through_an_update(server, calls):
     heard = []
 
     async def scenario():
@@ -42,12 +53,12 @@ def test_policy_through_an_update(server, monkeypatch):
         await asyncio.sleep(0)
         await server.set_global_steps(3)
         await asyncio.sleep(0)
-        assert server.policy == "0123456789abcdef-3"
+        assert server._policy.name == "0123456789abcdef-3"
         await server.collective_rpc("update_weights_from_ipc")
-        assert server.policy != server.policy  # unknown: one for each request
+        assert server._policy.name != server._policy.name  # unknown: one for each request
         await server.collective_rpc("finish_weight_update")
         await asyncio.sleep(0)
-        assert server.engine.resets == 1  # at the start, so that requests under way store nothing more as policy 3
+        assert calls.resets == 1  # at the start, so that requests under way store nothing more as policy 3
         await server.set_global_steps(4)
         await asyncio.sleep(0)
         router.cancel()
@@ -58,24 +69,61 @@ def test_policy_through_an_update(server, monkeypatch):
             known, _ = await server.wait_policy_change(known)
             heard.append(known)
 
-    before = server.policy
-    assert before == server.policy  # its own until the first update
+    before = server._policy.name
+    assert before == server._policy.name  # its own until the first update
     asyncio.run(scenario())
     assert heard == [before, "0123456789abcdef-3", None, "0123456789abcdef-4"]
 
 
-def test_update_without_global_steps_is_not_silent(server, monkeypatch):
-    async def nothing(*args, **kwargs): ...
+def test_update_without_global_steps(server, calls):
+    """verl's default trainer validates with a colocated reward model, and then updates without steps."""
 
-    monkeypatch.setattr(KVShareServer.__mro__[1], "collective_rpc", nothing)
+    async def scenario():
+        await server.set_global_steps(3)
+        await server.collective_rpc("update_weights_from_ipc")
+        await server.clear_kv_cache()
+        own = server._policy.name
+        assert policy.is_private(own)
+        assert own == server._policy.known == server._policy.name  # the weights stay: the replica shares with itself
+        await server.collective_rpc("update_weights_from_ipc")
+        await server.clear_kv_cache()
+        assert server._policy.name != own
+        await server.set_global_steps(3)
+        assert server._policy.name == "0123456789abcdef-3"
+
+    asyncio.run(scenario())
+
+
+def test_caches_that_are_reset_within_an_update_do_not_end_it(server, calls):
+    """verl resets them when it aborts a request, too."""
+
+    async def scenario():
+        await server.set_global_steps(3)
+        assert server._policy.call_began()
+        await server.clear_kv_cache()
+        assert server._policy.known is None
+
+    asyncio.run(scenario())
+
+
+def test_update_that_fails_is_not_silent(server, calls, monkeypatch):
     errors = []
     monkeypatch.setattr(rollout_server.logger, "error", lambda text, *args: errors.append(text % args))
-    server.engine = _Engine()
-    asyncio.run(server.collective_rpc("reload_weights"))
-    for _ in range(3):
-        server._warn_if_updating()
+    calls.fail = True
+
+    async def scenario():
+        with pytest.raises(RuntimeError, match="reload_weights"):
+            await server.collective_rpc("reload_weights")
+        await server.clear_kv_cache()
+        assert server._policy.known is None
+        for _ in range(3):
+            server._warn_if_updating()
+        await server.set_global_steps(4)
+        assert server._policy.name == "0123456789abcdef-4"
+
+    asyncio.run(scenario())
     assert len(errors) == 1
-    assert "share no KV until verl calls set_global_steps" in errors[0]
+    assert "share no KV until verl has updated the weights" in errors[0]
 
 
 def test_engine_that_has_died_is_reported(server, monkeypatch):
@@ -126,54 +174,45 @@ def test_events_that_a_worker_dropped_are_in_the_record(server, tmp_path):
 
 class _Engine:
     resets = 0
+    fail = False
 
     async def reset_prefix_cache(self, reset_connector):
         self.resets += reset_connector
 
+    async def reset_mm_cache(self): ...
 
-@pytest.mark.parametrize("prompt", ["text", [1, 2], {"prompt_token_ids": [1, 2]}])
-def test_every_kind_of_prompt_is_salted(prompt):
-    assert _salted(prompt, "p")["cache_salt"] == "p"
-
-
-def test_users_own_salt_stays_apart():
-    assert _salted({"prompt": "x", "cache_salt": "mine"}, "p")["cache_salt"] == "p.mine"
+    async def reset_encoder_cache(self): ...
 
 
-def test_tag_keeps_what_was_there():
-    params = SamplingParams(extra_args={"other": 1, "kv_transfer_params": {"a": 2}})
-    _tag(params, "p", "r")
-    del params.extra_args["kv_transfer_params"][policy.STAMPED_AT]
-    assert params.extra_args == {
-        "other": 1,
-        "kv_transfer_params": {"a": 2, policy.TAG: "p", worker_events.REQUEST: "r"},
-    }
+def sent(server, lora=None, salt=None, extra=None):
+    """A request as it is sent to the engine."""
+
+    async def add(request): ...
+
+    server._chunk_size = 256
+    params = SamplingParams(extra_args=extra)
+    server._stamps["r"] = Stamp("")
+    request = EngineCoreRequest("r-1", [1, 2], None, params, None, 0.0, lora, salt, None, external_req_id="r")
+    asyncio.run(server._stamped(add)(request))
+    return request
+
+
+def test_request_is_stamped_as_it_is_sent(server):
+    extra = {"other": 1, "kv_transfer_params": {"a": 2}}
+    request, own = sent(server, extra=extra), server._policy.name
+    assert request.cache_salt == own == server._stamps["r"].policy
+    params = {"a": 2, policy.TAG: own, worker_events.REQUEST: "r"}
+    assert request.sampling_params.extra_args == {"other": 1, "kv_transfer_params": params}
+    assert "kv_transfer_params" in extra
+    assert extra["kv_transfer_params"] == {"a": 2}  # others may use it too
+
+
+def test_users_own_salt_stays_apart(server):
+    assert sent(server, salt="mine").cache_salt == f"{server._policy.name}.mine"
 
 
 def test_adapter_is_part_of_the_policy(server):
-    """The stamp of a request with a LoRA adapter differs from one without."""
-    server._prefixes = server._event_log = server._ready = _Anything()
-    server._loads = Loads()
-    server._chunk_size = 256
-    stamps = []
-
-    async def generate(prompt, sampling_params, request_id, **kwargs):
-        stamps.append(prompt["cache_salt"])
-        return
-        yield
-
-    async def ask(**kwargs):
-        async for _ in server._stamping(generate)([1], SamplingParams(), "r", **kwargs):
-            pass
-
-    asyncio.run(ask())
-    asyncio.run(ask(lora_request=LoRARequest("adapter", 1, "/path")))
-    assert stamps[1] == stamps[0] + "+adapter"
-
-
-class _Anything:
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
+    assert sent(server, LoRARequest("adapter", 1, "/path")).cache_salt == f"{server._policy.name}+adapter"
 
 
 def test_server_takes_a_wait_beside_each_request():

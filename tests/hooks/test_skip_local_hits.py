@@ -14,7 +14,6 @@ from vllm.v1.request import Request, RequestStatus
 from kvshare import vllm_plugin
 from kvshare.core import policy
 from kvshare.hooks.lmcache import async_loading, keys, skip_local_hits
-from kvshare.hooks.verl.rollout_server import _tag
 
 ADAPTER = "lmcache.integration.vllm.vllm_v1_adapter"
 CHUNK, BLOCK = 256, 16
@@ -58,9 +57,9 @@ def connector():
 
 
 def request(name, tokens=PROMPT, stamp="run-1", **kwargs):
-    params = SamplingParams(max_tokens=1)
-    _tag(params, stamp, name)
+    params = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": {policy.TAG: stamp}})
     made = Request(name, tokens, params, None, **kwargs)
+    keys.engine.added(made)
     made.block_hashes = [hash(tuple(tokens[: end + BLOCK])) for end in range(0, len(tokens) - BLOCK + 1, BLOCK)]
     return made
 

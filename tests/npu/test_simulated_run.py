@@ -106,22 +106,30 @@ def test_reset(engine):
     assert policy.is_private(running)
 
 
+def waiting(step):
+    """A request that the scheduler has just got."""
+    params = SamplingParams(extra_args={"kv_transfer_params": {policy.TAG: policy.policy_id(RUN, step)}})
+    absent = dict.fromkeys(("lora_request", "prompt_embeds", "cache_salt", "mm_features"))
+    request = SimpleNamespace(request_id="r", sampling_params=params, **absent)
+    keys.engine.added(request)
+    return request
+
+
+def stamp(request, looked_up):
+    impl = SimpleNamespace(lookup_client=SimpleNamespace(clear_lookup_status=looked_up.append))
+    keys._stamp(lambda *args: None, impl, (request, 0), {})
+    return adapter.extract_request_configs(request.sampling_params)[policy.TAG]
+
+
 def test_a_stamp_is_kept(engine):
-    stamp = {"kv_transfer_params": {policy.TAG: policy.policy_id(RUN, 2)}}
-    assert adapter.extract_request_configs(SamplingParams(extra_args=stamp)) == stamp["kv_transfer_params"]
+    assert stamp(waiting(2), []) == policy.policy_id(RUN, 2)
 
 
 def test_a_request_from_before_the_reset_is_kept_to_itself(engine):
-    stamp = {"kv_transfer_params": {policy.TAG: policy.policy_id(RUN, 1)}}
-    params = SamplingParams(extra_args=stamp)
-    fields = {"arrival_time": time.time(), "request_id": "r", "lora_request": None, "prompt_embeds": None}
-    request = SimpleNamespace(sampling_params=params, **fields)
-    looked_up = []
-    impl = SimpleNamespace(lookup_client=SimpleNamespace(clear_lookup_status=looked_up.append))
-    keys._stamp(lambda *args: None, impl, (request, 0), {})
+    request, looked_up = waiting(1), []
+    stamp(request, looked_up)
     engine.reset()
-    keys._stamp(lambda *args: None, impl, (request, 0), {})
-    assert policy.is_private(params.extra_args["kv_transfer_params"][policy.TAG])
+    assert policy.is_private(stamp(request, looked_up))
     assert looked_up == ["r"]  # is forgotten
 
 

@@ -59,6 +59,8 @@ def test_shared_local_and_computed():
         "shared_hit": 512,
         "unknown_hit": 0,
         "stale_hit": 0,
+        "stale_hit_by_weights": 0,
+        "kept_hit": 0,
     }
 
 
@@ -77,6 +79,29 @@ def test_preempted_request_counts_once():
 def test_key_of_two_policies_is_stale():
     counted = tokens(store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 300, cached=256))
     assert counted["stale_hit"] == 256
+
+
+def test_key_of_two_weights_is_stale_whatever_the_policy_says():
+    """The two counts do not know of each other: each sees what the other cannot."""
+    old, new = {"epoch": 1, "weights": "a"}, {"epoch": 7, "weights": "b"}
+    wrong_policy = tokens({**store(0, "p", 1), **old}, {**load(1, "p", 1), **new})
+    assert (wrong_policy["stale_hit"], wrong_policy["stale_hit_by_weights"]) == (0, 256)
+    equal = tokens({**store(0, "p", 1), **old}, {**load(1, "p", 1), "epoch": 7, "weights": "a"})
+    assert equal["stale_hit_by_weights"] == 0  # epochs are counted in each worker
+    prefix = {"op": "staleprefix", "time": 0, "replica": 1, "request": "r", "policy": "p", "tokens": 128}
+    assert tokens(prefix)["stale_hit_by_weights"] == 128
+    assert "STALE: the KV of 128 tokens" in summary.verdict(summary.summarize([prefix], [], RUN))
+
+
+def test_kept_kv_is_not_stale_and_is_told():
+    old, new = {"epoch": 1, "weights": "a"}, {"epoch": 2, "weights": "b"}
+    asked = [{**request(1, "p", 300, cached=256), "generated": 10, "versions": versions} for versions in (1, 2, 2)]
+    events = [{**store(0, "p", 1), **old}, {**load(1, "p", 1), **new, "kept": True}, *asked]
+    report = summary.summarize(events, [], {**RUN, "freshness": "trajectory"})
+    assert (report["tokens"]["kept_hit"], report["tokens"]["stale_hit_by_weights"]) == (256, 0)
+    assert report["generated"] == {"1": 10, "2": 20}
+    said = "trajectory: tokens generated 10 from KV of 1, 20 from KV of 2 versions; 256 prompt tokens kept"
+    assert summary.facts(report)["freshness"] == said
 
 
 def test_kv_that_nobody_stored_is_unknown():

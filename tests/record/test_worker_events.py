@@ -21,14 +21,18 @@ LOAD = {
     "tokens": [256],
     "expected": 256,
     "seconds": 0.1,
+    "epoch": 1,
+    "weights": "0123456789abcdef",
+    "kept": False,
 }
 READY = b'{"op": "ready", "rank": 1}'
 EVENTS = [
     {"op": "ready", "rank": 1},
-    {"op": "store", "request": None, "policy": "", "keys": [1]},
+    {"op": "store", "request": None, "policy": "", "keys": [1], "epoch": 0, "weights": ""},
     {"op": "stored", "request": "r", "policy": "p", "end": 0, "seconds": 0.0},
     {"op": "partial", "request": "r", "policy": "p", "tokens": 0},
     LOAD,
+    {"op": "staleprefix", "request": "r", "policy": "p", "tokens": 128},
 ]
 
 

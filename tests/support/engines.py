@@ -112,7 +112,7 @@ class Engine:
         prompt: list[int],
         stamp: str | None = None,
         tokens: int = 8,
-        stamped: float | None = None,
+        configs: dict[str, str] | None = None,
         **more: Any,
     ) -> Answer:
         """Returns when all events of the request are in ``events``, and its stores have ended.
@@ -120,16 +120,15 @@ class Engine:
         Args:
             prompt: token ids.
             stamp: policy id, given to LMCache and vLLM as the rollout server does it.
-            stamped: Unix time at which it was; now.
+            configs: more request configs for LMCache.
             more: of the request's body.
         """
         request = uuid4().hex
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
         body |= {"ignore_eos": True, "return_tokens_as_token_ids": True}
-        params = {worker_events.REQUEST: request}
+        params = {worker_events.REQUEST: request, **(configs or {})}
         if stamp:
             params[policy.TAG] = body["cache_salt"] = stamp
-            params[policy.STAMPED_AT] = stamped or time.time()
         answer = self._post("/v1/completions", {**body, **more, "kv_transfer_params": params})
         self.settle(lambda event: event.get("request") == request)
         logprobs = answer["choices"][0]["logprobs"]

@@ -11,6 +11,8 @@ from the replica's own. These events name the keys, so the report can:
   controller is away. ``seconds`` is the time since store() returned.
 * ``load``: the keys loaded into vLLM, the tokens of each, the tokens ``expected``, and the ``seconds`` of the load.
 * ``partial``: another rank than 0 has loaded only the first ``tokens`` of a load.
+
+``store`` and ``load`` also have the ``epoch`` and the checksum of the ``weights`` in the worker (``vllm.weights``).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from kvshare.hooks.lmcache.p2p_controller import when_findable
 from kvshare.hooks.lmcache.ranks import rank_in_replica
 from kvshare.hooks.lmcache.remote_puts import Puts
 from kvshare.hooks.patch import optional, wrap
+from kvshare.hooks.vllm.weights import weights
 from kvshare.record import worker_events
 
 logger = LimitedLogger(logging.getLogger(__name__))
@@ -102,7 +105,7 @@ def _report_store(engine: Any, store: Callable[[], Any], args: tuple, kwargs: di
     try:
         request, chunks = _request(kwargs), list(_chunks(engine, args, kwargs))
         put = chunks[: len(puts.keys)]
-        _send("store", **request, keys=[key.chunk_hash for _, _, key in put])
+        _send("store", **request, keys=[key.chunk_hash for _, _, key in put], **weights.now())
         began = time.monotonic()
 
         def stored(found: bool) -> None:
@@ -142,7 +145,8 @@ def _report_load(engine: Any, mask: Any, args: tuple, kwargs: dict, seconds: flo
     if engine.metadata.worker_id == 0:
         _Loaded.tokens += tokens
         if _reports(engine):
-            _send("load", **_request(kwargs), **_loaded(engine, mask, args, kwargs), seconds=seconds)
+            loaded = _loaded(engine, mask, args, kwargs)
+            _send("load", **_request(kwargs), **loaded, seconds=seconds, **weights.now())
     elif tokens < expected:
         _Loaded.tokens -= expected - tokens
         _send("partial", **_request(kwargs), tokens=tokens)
@@ -168,7 +172,8 @@ def _chunks(engine: Any, args: tuple, kwargs: dict) -> Iterable[tuple[int, int, 
 
 def _request(kwargs: dict) -> dict[str, Any]:
     configs = kwargs.get("request_configs") or {}
-    return {"request": configs.get(worker_events.REQUEST), "policy": configs.get(policy.TAG, "")}
+    named = {"request": configs.get(worker_events.REQUEST), "policy": configs.get(policy.TAG, "")}
+    return named | ({"kept": True} if policy.KEPT in configs else {})
 
 
 def _reports(engine: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvshare.core import lmcache_settings, policy, versions
 from kvshare.hooks import check
-from kvshare.hooks.lmcache.keys import engine
+from kvshare.hooks.lmcache.keys import config_of, engine
 from kvshare.hooks.patch import UpstreamChanged, replace, wrap
 
 EXTRA = "lmcache.mp."
@@ -66,8 +66,8 @@ def _init(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> None:
     wrapped(*args, **kwargs)
     if adapter := getattr(connector, "worker_adapter", None):  # in a worker process
         adapter.kvshare_engine_id = vllm_config.kv_transfer_config.engine_id
-    if not engine.reset_at:
-        engine.loaded(vllm_config.model_config)
+    if not engine.resets:
+        engine.loaded(vllm_config)
 
 
 def _name_model(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
@@ -77,7 +77,10 @@ def _name_model(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
 def _init_tracker(wrapped: Any, tracker: Any, args: tuple, kwargs: dict) -> None:
     wrapped(*args, **kwargs)
     request = args[0] if args else kwargs["request"]
+    tracker.cache_salt = engine.salt_of(request)
     _stamp(tracker, engine.policy_of(request))
+    if config_of(request, policy.KEPT):
+        tracker.max_offload_tokens = 0  # stores nothing
 
 
 def _stamp(tracker: Any, name: str) -> None:

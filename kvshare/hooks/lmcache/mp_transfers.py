@@ -20,6 +20,7 @@ from kvshare.core import lmcache_settings, policy
 from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.lmcache.ranks import rank_in_replica
 from kvshare.hooks.patch import optional, wrap
+from kvshare.hooks.vllm.weights import weights
 from kvshare.record import worker_events
 from kvshare.routing.prefixes import chunk_digests
 
@@ -139,7 +140,7 @@ def _store(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
         seconds = time.monotonic() - submitted
         _send("stored", **request, end=end if arrived else 0, seconds=seconds)
 
-    _send("store", **request, keys=[key for _, _, key in _chunks(adapter, call)])
+    _send("store", **request, keys=[key for _, _, key in _chunks(adapter, call)], **weights.now())
     _settle_or_keep(adapter, Transfer(future, done))
 
 
@@ -149,7 +150,7 @@ def _retrieve(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     if worker_events.sender() is None:
         return
     call = _call(args, kwargs)
-    first = call["op"].start + call["op"].skip_first_n_tokens
+    first, used_by = call["op"].start + call["op"].skip_first_n_tokens, weights.now()
 
     def done(arrived: bool) -> None:
         if not _is_first(adapter):
@@ -164,6 +165,7 @@ def _retrieve(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
             tokens=[end - max(start, first) for start, end, _ in chunks],
             expected=call["op"].end - first,
             seconds=time.monotonic() - began,
+            **used_by,
         )
 
     _settle_or_keep(adapter, Transfer(future, done))
@@ -211,12 +213,13 @@ def _chunks(adapter: Any, call: dict[str, Any]) -> Iterator[tuple[int, int, int]
     op, size = call["op"], adapter.lmcache_tokens_per_chunk
     digests = chunk_digests(op.token_ids[: op.end], size)
     for start in range(op.start, op.end, size):
-        yield start, start + size, policy.fold(int(digests[start // size], 16), call.get("cache_salt", ""))
+        yield start, start + size, policy.fold(int(digests[start // size], 16), call["cache_salt"])
 
 
 def _request(call: dict[str, Any]) -> dict[str, Any]:
     configs = call.get("request_configs") or {}
-    return {"request": configs.get(worker_events.REQUEST), "policy": configs.get(policy.TAG, "")}
+    named = {"request": configs.get(worker_events.REQUEST), "policy": configs.get(policy.TAG, "")}
+    return named | ({"kept": True} if policy.KEPT in configs else {})
 
 
 def _is_first(adapter: Any) -> bool:

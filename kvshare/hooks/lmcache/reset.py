@@ -5,16 +5,18 @@
 nothing in LMCache (vLLM 0.31.0, LMCache 0.5.6).
 
 Scheduler process: a reset starts a new policy (``keys``), so no request finds the old KV.
-Worker process: a background thread frees the old KV in the local tiers.
+Worker process: a background thread frees the old KV in the local tiers, unless conversations may keep it
+(``core.freshness``).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import Any
 
-from kvshare.core import policy
+from kvshare.core import freshness, policy
 from kvshare.core.log_limit import LimitedLogger
 from kvshare.hooks.lmcache.keys import engine
 from kvshare.hooks.patch import replace, wrap
@@ -58,14 +60,14 @@ def _reset_cache(connector: Any) -> bool:
 
 def _send_reset(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
     meta = wrapped(*args, **kwargs)
-    meta.kvshare_reset = engine.reset_at
+    meta.kvshare_resets = engine.resets
     return meta
 
 
 def _receive_reset(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> None:
-    reset_at = getattr(instance._parent._get_connector_metadata(), "kvshare_reset", 0.0)
-    if reset_at > getattr(instance, "_kvshare_freed_at", 0.0):
-        instance._kvshare_freed_at = reset_at
+    resets = getattr(instance._parent._get_connector_metadata(), "kvshare_resets", 0)
+    if resets > getattr(instance, "_kvshare_resets", 0) and freshness.of(os.environ).mode == freshness.STRICT:
+        instance._kvshare_resets = resets
         # A rank that stores nothing (save_only_first_rank, MLA) has no storage manager.
         if instance.lmcache_engine is not None and instance.lmcache_engine.storage_manager is not None:
             _free_local_tiers(instance.lmcache_engine.storage_manager.storage_backends)

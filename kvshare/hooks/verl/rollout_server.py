@@ -11,19 +11,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import ray
 from verl.workers.rollout.vllm_rollout import vllm_async_server
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
-from vllm.v1.engine import async_llm
+from vllm.v1.engine import async_llm, core_client
 
-from kvshare.core import lmcache_settings, p2p_replica, policy, ports
+from kvshare.core import freshness, lmcache_settings, p2p_replica, policy, ports
 from kvshare.hooks import check
 from kvshare.hooks.verl import watch
 from kvshare.hooks.verl.cpu_platform import is_cpu
 from kvshare.hooks.verl.loads import Loads
+from kvshare.hooks.verl.replica_policy import ReplicaPolicy
+from kvshare.hooks.verl.trajectory import Stamp
 from kvshare.record import worker_events
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.routing.cost_model import Pace, Rates
@@ -31,16 +33,18 @@ from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
 
 logger = logging.getLogger(__name__)
 
-# Methods that the classes below override, and AsyncLLM.generate, which the server wraps.
+# Methods that the classes below override, and those of vLLM that the server wraps.
 check.parameters(vllm_async_server, "vLLMHttpServer.__init__", "replica_rank", "node_rank", "gpus_per_node")
 check.parameters(vllm_async_server, "vLLMHttpServer.run_server", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.run_headless", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.collective_rpc", "method")
+check.parameters(vllm_async_server, "vLLMHttpServer.clear_kv_cache", "self")
 check.parameters(vllm_async_server, "vLLMHttpServer.set_global_steps", "global_steps")
 check.parameters(vllm_async_server, "vLLMHttpServer._get_worker_extension_cls", "self")
 check.parameters(vllm_async_server, "vLLMReplica.__init__", "replica_rank")
 check.parameters(vllm_async_server, "vLLMReplica.launch_servers", "self")
-check.parameters(async_llm, "AsyncLLM.generate", "prompt", "sampling_params", "request_id", "lora_request")
+check.parameters(async_llm, "AsyncLLM.generate", "prompt", "sampling_params", "request_id")
+check.parameters(core_client, "AsyncMPClient.add_request_async", "request")
 
 RUN = policy.new_run()
 """Run id, drawn once in the process that starts the replicas. Each server gets it with its class."""
@@ -61,8 +65,9 @@ class KVShareServer(vLLMHttpServer):
         self._ready = asyncio.Event()
         # Ranks of the workers on this node. With several nodes, verl starts a server on each node of a replica.
         self._not_ready = set(range(node_rank * gpus_per_node, (node_rank + 1) * gpus_per_node))
-        self._updating = self._warned = False
-        self._before_first_update = policy.private_policy()
+        self._policy = ReplicaPolicy(self.run, freshness.of(os.environ).versions)
+        self._stamps: dict[str, Stamp] = {}  # by request id, of the requests that generate
+        self._warned = False
         self._event_log = EventLog(replica_rank, os.environ.get(RUN_DIR), node_rank)
         os.environ[worker_events.ADDRESS] = self._events.address  # the engine's processes inherit it
         super().__init__(replica_rank=replica_rank, node_rank=node_rank, gpus_per_node=gpus_per_node, **kwargs)
@@ -83,7 +88,9 @@ class KVShareServer(vLLMHttpServer):
     async def run_server(self, args: argparse.Namespace) -> None:
         await super().run_server(args)
         self._watching = asyncio.create_task(self._watch_engine())
-        self.engine.generate = self._stamping(self.engine.generate)  # type: ignore[method-assign, assignment]
+        self.engine.generate = self._recorded(self.engine.generate)  # type: ignore[method-assign, assignment]
+        core = self.engine.engine_core
+        core.add_request_async = self._stamped(core.add_request_async)
         self._follow_workers(args)
 
     async def run_headless(self, args: argparse.Namespace) -> None:
@@ -126,30 +133,29 @@ class KVShareServer(vLLMHttpServer):
 
     # -- the policy ---------------------------------------------------------------------------
 
-    @property
-    def policy(self) -> str:
-        """The policy of the weights in this engine now.
-
-        Before the first update, only this replica has the policy. From the start of an update until verl sets
-        ``global_steps``, the weights are unknown, and each request gets a private policy.
-        """
-        if self._updating:
-            return policy.private_policy()
-        if self.global_steps is None:
-            return self._before_first_update
-        return policy.policy_id(self.run, self.global_steps)
-
     async def collective_rpc(self, method: str | Callable, *args: Any, **kwargs: Any) -> None:
-        if _touches_weights(method) and not self._updating:
-            self._updating, self._warned = True, False
+        if not policy.touches_weights(method):
+            return await super().collective_rpc(method, *args, **kwargs)
+        failed = True
+        try:
+            if self._policy.call_began():
+                self._warned = False
+                self._announce_policy()
+                # Running requests must not store KV of the new weights under the old policy.
+                await self.engine.reset_prefix_cache(reset_connector=True)
+            await super().collective_rpc(method, *args, **kwargs)
+            failed = False
+        finally:
+            self._policy.call_ended(failed)
+
+    async def clear_kv_cache(self) -> None:
+        await super().clear_kv_cache()
+        if self._policy.caches_reset():
             self._announce_policy()
-            # Running requests must not store KV of the new weights under the old policy.
-            await self.engine.reset_prefix_cache(reset_connector=True)
-        await super().collective_rpc(method, *args, **kwargs)
 
     async def set_global_steps(self, global_steps: int) -> None:
         await super().set_global_steps(global_steps)
-        self._updating = False
+        self._policy.steps_set(global_steps)
         self._announce_policy()
 
     def _announce_policy(self) -> None:
@@ -159,35 +165,47 @@ class KVShareServer(vLLMHttpServer):
 
     async def wait_policy_change(self, known: str | None) -> tuple[str | None, Pace]:
         """For the router: wait until the policy is not ``known``. Returns it (None during an update) and the pace."""
-        while (now := None if self._updating else self.policy) == known:
+        while self._policy.known == known:
             await self._policy_changed.wait()
-        return now, self._rates.pace()
+        return self._policy.known, self._rates.pace()
 
     def _warn_if_updating(self) -> None:
-        if self._updating and not self._warned:
+        if self._policy.known is None and not self._warned:
             self._warned = True
             logger.error(
-                "replica %d generates during a weight update, or after an update that did not set global_steps: "
-                "its requests share no KV until verl calls set_global_steps",
+                "replica %d generates during a weight update, or after one that failed: its requests share no KV "
+                "until verl has updated the weights",
                 self.replica_rank,
             )
 
-    def _stamping(self, generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-        """Wrap ``AsyncLLM.generate`` to stamp each request, including those of the server's HTTP API.
+    # -- requests -----------------------------------------------------------------------------
 
-        verl's ``generate()`` would be too early: it may wait for a weight update to end before it submits the request,
-        which must then carry the new policy.
+    def _stamped(self, add: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+        """Wrap the engine client's ``add_request_async`` to stamp each request as it is sent to the engine.
+
+        The engine receives requests and resets in the order in which they are sent. So it can tell which stamps are
+        older than a reset, on every host. verl's and vLLM's ``generate()`` would be too early: they may wait for an
+        update to end, or for a prompt to be tokenized.
         """
 
-        async def stamped(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
-            lora = kwargs.get("lora_request")
-            stamp = f"{self.policy}+{lora.lora_name}" if lora else self.policy
+        async def stamped(request: Any) -> None:
+            caller = request.external_req_id or request.request_id
             self._warn_if_updating()
-            prompt = _salted(prompt, stamp)
-            _tag(sampling_params, stamp, request_id)
-            self._loads.started(request_id)
-            self._prefixes.started(request_id, self._prefill(stamp, list(prompt.get("prompt_token_ids") or ())))
+            stamp = self._policy.stamp(request, caller)
+            if caller in self._stamps:  # not a pooling request
+                self._stamps[caller] = stamp
+                self._prefixes.started(caller, self._prefill(stamp.policy, request.prompt_token_ids or []))
+            await add(request)
+
+        return stamped
+
+    def _recorded(self, generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        """Wrap ``AsyncLLM.generate`` to record each request, including those of the server's HTTP API."""
+
+        async def recorded(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
             output, asked, answered, prefill = None, time.monotonic(), 0.0, None
+            self._stamps[request_id] = Stamp("")
+            self._loads.started(request_id)
             try:
                 async for output in generate(
                     prompt=prompt, sampling_params=sampling_params, request_id=request_id, **kwargs
@@ -198,6 +216,7 @@ class KVShareServer(vLLMHttpServer):
                     yield output
             finally:
                 self._prefixes.ended(request_id)
+                stamp = self._stamps.pop(request_id)
                 for load in self._loads.ended(request_id):
                     self._event_log.write("load", **load)
                 if output is not None:
@@ -205,9 +224,10 @@ class KVShareServer(vLLMHttpServer):
                     cached = output.num_cached_tokens or 0
                     tokens = sum(len(o.token_ids) for o in output.outputs)
                     self._rates.answered(tokens, time.monotonic() - answered)
-                    self._event_log.write("request", policy=stamp, prompt=prompt_tokens, cached=cached, prefill=prefill)
+                    fields = {"prompt": prompt_tokens, "cached": cached, "prefill": prefill, "generated": tokens}
+                    self._event_log.write("request", policy=stamp.policy, versions=stamp.versions, **fields)
 
-        return stamped
+        return recorded
 
     def _prefill(self, stamp: str, ids: list[int]) -> Prefill:
         chunks = chunk_digests(ids, self._chunk_size)
@@ -243,7 +263,7 @@ class KVShareServer(vLLMHttpServer):
         elif op == "partial":
             self._loads.partial(event)
             return
-        else:
+        elif op == "load":
             if event["tokens"]:
                 self._rates.loaded(sum(event["tokens"]), event["seconds"])
             if self._loads.loaded(event):
@@ -255,35 +275,13 @@ class KVShareServer(vLLMHttpServer):
 
         False if the prefix will not be stored, if the policy has changed, or after ``seconds``.
         """
-        stored = policy == self.policy and await self._prefixes.wait((policy, prefix), seconds)
+        stored = policy == self._policy.known and await self._prefixes.wait((policy, prefix), seconds)
         return stored, self._rates.pace()
 
     def _get_worker_extension_cls(self) -> str:
         return (
             "kvshare.hooks.verl.cpu_weight_sync.CPUWorkerExtension" if is_cpu() else super()._get_worker_extension_cls()
         )
-
-
-def _touches_weights(method: str | Callable) -> bool:
-    """Whether a method changes the weights, judged by its name (verl 0.9.1: update_weights_from_ipc and others)."""
-    return "weight" in (method if isinstance(method, str) else getattr(method, "__name__", "weight"))
-
-
-def _salted(prompt: Any, stamp: str) -> dict[str, Any]:
-    """Put the policy into the prompt's ``cache_salt``, which is part of the keys of vLLM's prefix cache."""
-    if isinstance(prompt, Mapping):
-        fields = dict(prompt)
-    else:  # vLLM also takes a plain string or a list of token ids
-        fields = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
-    salt = fields.get("cache_salt")
-    return {**fields, "cache_salt": f"{stamp}.{salt}" if salt else stamp}
-
-
-def _tag(sampling_params: Any, stamp: str, request_id: str) -> None:
-    extra = dict(sampling_params.extra_args or {})
-    params = dict(extra.get("kv_transfer_params") or {})
-    params |= {policy.TAG: stamp, policy.STAMPED_AT: time.time(), worker_events.REQUEST: request_id}
-    sampling_params.extra_args = {**extra, "kv_transfer_params": params}
 
 
 def _server_class(run: str) -> type:

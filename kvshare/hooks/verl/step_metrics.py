@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kvshare.core import server_status
+from kvshare.core import freshness, server_status
 from kvshare.hooks.patch import optional, wrap
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.record.event_reader import Reader
@@ -91,20 +91,26 @@ class Steps:
         ratios = {**sharing.ratios(), "time_saved_s": count.time_saved(seen.prefill)}
         metrics: dict[str, float] = {f"{name}_tokens": value for name, value in count.tokens().items()}
         metrics |= {name: value for name, value in ratios.items() if value is not None}
-        metrics |= {"replicas_seen": len(seen.replicas), "lost_events": seen.lost - lost}
+        metrics |= {f"generated_tokens_{n}_versions": tokens for n, tokens in sharing.generated().items()}
+        metrics |= {
+            f"freshness_{freshness.of(os.environ).mode}": 1,
+            "replicas_seen": len(seen.replicas),
+            "lost_events": seen.lost - lost,
+        }
         unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in seen.replicas]
         return {f"kvshare/{name}": value for name, value in metrics.items()}, describe(number, metrics, unseen)
 
 
 def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
     """The line to print; ``unseen`` are the ranks of replicas without an event so far."""
-    shown = {name: f"{metrics[f'{name}_tokens']:,}" for name in ("prompt", *SOURCES, "stale_hit")}
+    shown = {name: f"{metrics[f'{name}_tokens']:,}" for name in ("prompt", *SOURCES)}
     unknown = f", {shown['unknown_hit']} of unknown origin" if metrics["unknown_hit_tokens"] else ""
-    stale = f"STALE: {shown['stale_hit']}" if metrics["stale_hit_tokens"] else "0 stale"
+    stale = max(metrics["stale_hit_tokens"], metrics["stale_hit_by_weights_tokens"])
     saved = metrics.get("time_saved_s")
     return (
         f"kvshare step {step}: {shown['prompt']} prompt tokens: {shown['computed']} computed, "
-        f"{shown['local_hit']} local hit, {shown['shared_hit']} shared hit{unknown}, {stale}; "
+        f"{shown['local_hit']} local hit, {shown['shared_hit']} shared hit{unknown}, "
+        + (f"STALE: {stale:,}; " if stale else "0 stale; ")
         + (f"{saved:.2f} s saved" if saved is not None else "time saved not known yet")
         + (f"; {not_seen(unseen)}" if unseen else "")
         + (f"; {were_lost(lost)}" if (lost := int(metrics["lost_events"])) else "")

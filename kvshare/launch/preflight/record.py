@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvshare.core import server_status, versions
+from kvshare.core import freshness, server_status, versions
 from kvshare.core.job import Job
 from kvshare.core.versions import installed
 from kvshare.record import event_log
@@ -41,6 +41,7 @@ def describe(job: Job) -> dict[str, Any]:
         "chunk_size": job.lmcache.chunk_size,
         "forecast": job.forecast.record() if job.forecast else None,
         "server_status": os.environ.get(server_status.VARIABLE),
+        "freshness": freshness.of(os.environ).mode,
         "adv_estimator": str(job.config.algorithm.adv_estimator),
         "versions": {name: installed(name) for name in versions.MAIN},
     }
