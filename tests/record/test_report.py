@@ -90,14 +90,14 @@ def test_key_of_two_weights_is_stale_whatever_the_policy_says():
     assert equal["stale_hit_by_weights"] == 0  # epochs are counted in each worker
     prefix = {"op": "staleprefix", "time": 0, "replica": 1, "request": "r", "policy": "p", "tokens": 128}
     assert tokens(prefix)["stale_hit_by_weights"] == 128
-    assert "STALE: the KV of 128 tokens" in summary.verdict(summary.summarize([prefix], [], RUN))
+    assert "STALE: the KV of 128 tokens" in summary.verdict(summarize([prefix], [], RUN))
 
 
 def test_kept_kv_is_not_stale_and_is_told():
     old, new = {"epoch": 1, "weights": "a"}, {"epoch": 2, "weights": "b"}
     asked = [{**request(1, "p", 300, cached=256), "generated": 10, "versions": versions} for versions in (1, 2, 2)]
-    events = [{**store(0, "p", 1), **old}, {**load(1, "p", 1), **new, "kept": True}, *asked]
-    report = summary.summarize(events, [], {**RUN, "freshness": "trajectory"})
+    lines = [{**store(0, "p", 1), **old}, {**load(1, "p", 1), **new, "kept": True}, *asked]
+    report = summarize(lines, [], {**RUN, "freshness": "trajectory"})
     assert (report["tokens"]["kept_hit"], report["tokens"]["stale_hit_by_weights"]) == (256, 0)
     assert report["generated"] == {"1": 10, "2": 20}
     said = "trajectory: tokens generated 10 from KV of 1, 20 from KV of 2 versions; 256 prompt tokens kept"

@@ -23,7 +23,6 @@ LOAD = {
     "seconds": 0.1,
     "epoch": 1,
     "weights": "0123456789abcdef",
-    "kept": False,
 }
 READY = b'{"op": "ready", "rank": 1}'
 EVENTS = [
