@@ -53,6 +53,7 @@ routing: .venv/dev
 faults: .venv/dev
 	$(BIN)/pytest -s tests/hooks/test_live_faults.py tests/services/test_lm_server.py tests/long/faults.py \
 	  tests/long/tensor_parallel.py
+	$(BIN)/pytest -s --backend shared tests/hooks/test_live_faults.py tests/hooks/test_remote_shm.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_faults.py tests/long/faults.py -k "not soak"
 
 # One engine for hours: weight updates and faults (SOAK_REQUESTS=400 for minutes).
@@ -79,6 +80,7 @@ p2p: .venv/dev
 bench: .venv/dev
 	$(BIN)/kvshare prepare --offline --tiny-model --limit 4 --data outputs/bench/data
 	for backend in remote p2p mp; do $(BIN)/kvshare bench config/bench/$${backend}_cpu.yaml -n 4 --repeat 3 || exit; done
+	LMCACHE_LOG_LEVEL=ERROR $(BIN)/python benchmarks/remote.py
 
 # Tests of the NPU launchers, with the packages for NPUs (no NPU needed, 2 minutes). LMCache-Ascend is not on PyPI:
 # make test-npu LMCACHE_ASCEND=<checkout of its tag v0.4.4>. Without it the tests that need it are skipped.

@@ -92,7 +92,7 @@ def server(
     status: Annotated[Path | None, typer.Option(help="JSON file of counters: bytes, entries, evicted…")] = None,
 ) -> None:
     """lmcache_server with a memory limit. When it is full, the least recently used KV is evicted."""
-    from kvshare.services import lm_server as servers
+    from kvshare.services import server as servers
 
     servers.serve(host, _port(port), _bytes(memory), status)
 

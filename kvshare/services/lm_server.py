@@ -8,17 +8,14 @@ the two messages of lmcache/v1/protocol.py are enough.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import logging
-import os
-import signal
 import socket
 import socketserver
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kvshare.core.errors import UserError
 from kvshare.core.lm_protocol import EXIST, FAIL, GET, HEALTH, NO_DATA, PUT, REPLY, REQUEST, SUCCESS
@@ -26,37 +23,19 @@ from kvshare.core.log_limit import LimitedLogger
 from kvshare.core.ports import family, in_url
 from kvshare.services.store import Store
 
-PIECE = 1 << 20  # bytes received before they are added to the store's count
+FIRST = 1 << 14  # bytes of an entry that must have come before others are evicted for it
 WASTE = memoryview(bytearray(1 << 16))  # all threads read refused data into this; nothing uses it
 
 logger = logging.getLogger(__name__)
 often = LimitedLogger(logger)  # for what each connection may repeat
 
 
-def serve(host: str, port: int, limit: int, status: Path | None) -> NoReturn:
-    """Serve until SIGINT or SIGTERM, then exit with code 0.
+def listen(host: str, port: int, store: Store, status: Path | None) -> Server:
+    """Start to listen, without serving yet.
 
     Raises:
         UserError: cannot listen on the address, or cannot write ``status``.
     """
-    logging.basicConfig(format="kvshare server: %(message)s", level=logging.INFO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
-    server = _listen(host, port, Store(limit), status)
-    address, port = server.socket.getsockname()[:2]
-    logger.info("listening on %s:%s, keeps at most %.2f GiB", in_url(address), port, limit / 2**30)
-    if not ipaddress.ip_address(address).is_loopback:
-        logger.warning("warning: other hosts can reach %s, and lm:// has no authentication", address)
-    with contextlib.suppress(SystemExit):
-        server.serve_forever()
-    with contextlib.suppress(OSError):
-        server.write_status()
-    logger.info("ended, %s", ", ".join(f"{name} {count}" for name, count in server.store.status().items()))
-    sys.stderr.flush()
-    os._exit(0)  # a normal exit could wait forever for locks that client threads hold
-
-
-def _listen(host: str, port: int, store: Store, status: Path | None) -> Server:
     try:
         server = Server((host, port), store, status)
     except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
@@ -69,14 +48,27 @@ def _listen(host: str, port: int, store: Store, status: Path | None) -> Server:
     return server
 
 
-def _end(*_: Any) -> NoReturn:
-    raise SystemExit
+class Listener(socketserver.ThreadingMixIn, socketserver.BaseServer):
+    """Serves each connection in its own thread, and logs one line when one breaks."""
 
-
-class Server(socketserver.ThreadingTCPServer):
+    store: Store
     daemon_threads = True
-    allow_reuse_address = True  # the port can be used again right after a kill
     request_queue_size = 128
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # too many open files: serve_forever ignores it and would spin
+            time.sleep(0.1)
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        host, *port = client_address[:2] or ["a client that shares memory"]
+        often.info("closed the connection of %s%s: %s", host, "".join(f":{part}" for part in port), sys.exc_info()[1])
+
+
+class Server(Listener, socketserver.TCPServer):
+    allow_reuse_address = True  # the port can be used again right after a kill
 
     def __init__(self, address: tuple[str, int], store: Store, status: Path | None) -> None:
         self.store = store
@@ -90,16 +82,6 @@ class Server(socketserver.ThreadingTCPServer):
             (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         ):
             self.socket.setsockopt(level, option, value)
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        try:
-            return super().get_request()
-        except OSError:  # too many open files: serve_forever ignores it and would spin
-            time.sleep(0.1)
-            raise
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        often.info("closed the connection of %s:%s: %s", *client_address[:2], sys.exc_info()[1])
 
     def service_actions(self) -> None:
         """Write the status file once a second. serve_forever calls this at least twice a second."""
@@ -119,23 +101,25 @@ class Server(socketserver.ThreadingTCPServer):
 class Client(socketserver.BaseRequestHandler):
     """One connection, in its own thread. An error closes it, and Server.handle_error logs one line."""
 
-    server: Server
+    server: Listener
     request: socket.socket
 
     def handle(self) -> None:
-        store = self.server.store
         while header := self._header():
             command, length, kind, dtype, _, *shape, key = REQUEST.unpack(header)
-            if command == PUT and length > 0:
-                self._put(key, length, (length, kind, dtype, *shape, 0))
-            elif command == GET:
-                self._get(key)
-            elif command == EXIST:
-                self.request.sendall(REPLY.pack(SUCCESS if store.get(key) else FAIL, *NO_DATA))
-            elif command == HEALTH:
-                self.request.sendall(REPLY.pack(SUCCESS, *NO_DATA))
-            else:
-                raise ValueError("the client does not speak LMCache's protocol")
+            self.answer(command, key, length, (length, kind, dtype, *shape, 0))
+
+    def answer(self, command: int, key: bytes, length: int, meta: tuple[int, ...]) -> None:
+        if command == PUT and length > 0:
+            self._put(key, length, meta)
+        elif command == GET:
+            self._get(key)
+        elif command == EXIST:
+            self.request.sendall(REPLY.pack(SUCCESS if self.server.store.get(key) else FAIL, *NO_DATA))
+        elif command == HEALTH:
+            self.request.sendall(REPLY.pack(SUCCESS, *NO_DATA))
+        else:
+            raise ValueError("the client does not speak LMCache's protocol")
 
     def _header(self) -> bytes:
         """Header of the next request; empty if the client has closed the connection."""
@@ -156,19 +140,20 @@ class Client(socketserver.BaseRequestHandler):
 
         PUT has no reply, so the server cannot refuse an entry. It reads one that does not fit, and drops it.
         """
-        store = self.server.store
-        entry = store.begin(length, meta)
-        left = length
-        while left:
-            into = memoryview(entry.data)[length - left :][:PIECE] if entry else WASTE[:left]
-            count = self._received(self.request.recv_into(into))
-            left -= count
-            if entry and not store.grow(entry, count):
-                entry = None
+        first = bytearray(min(length, FIRST))
+        self._receive(memoryview(first))
+        entry = self.server.store.reserve(length, meta)
         if entry:
-            store.put(key, entry)
+            entry.data[: len(first)] = first
+            self._receive(entry.data[len(first) :])
+            self.server.store.put(key, entry)
         else:
-            store.refuse()
+            for left in range(length - len(first), 0, -len(WASTE)):
+                self._receive(WASTE[:left])
+
+    def _receive(self, into: memoryview) -> None:
+        while into:
+            into = into[self._received(self.request.recv_into(into)) :]
 
     @staticmethod
     def _received(some: Any) -> Any:

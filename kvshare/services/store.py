@@ -6,62 +6,74 @@ import mmap
 import threading
 from collections import OrderedDict
 
+from kvshare.services.arena import Arena, Extent
+
 OVERHEAD = mmap.PAGESIZE + 1024  # bytes an entry takes beside its data: rest of the last page, Python objects
 
 
 class Entry:
-    """The data of one PUT, in its own memory mapping.
+    """The data of one PUT, in an extent of the arena.
 
-    A mapping only takes memory for the bytes written to it, and returns it to the system at once. A bytearray would
-    take its full length from the start, and malloc may keep freed memory.
+    Its memory stays its own until the last reference to it is gone. So while an evicted entry is being sent to a
+    client, it counts, and no other entry can take its place. A client that maps the arena holds no reference.
 
-    An entry counts until its memory is free. An evicted entry that is still being sent to a client still counts.
+    Attributes:
+        data: the memory of it.
+        offset: of the data in the arena, in bytes.
+        size: bytes of it that the store counts.
+        warm: whether its memory was there before it.
     """
 
-    __slots__ = ("_store", "data", "meta", "size")
+    __slots__ = ("_extent", "_store", "data", "meta", "offset", "size", "warm")
 
-    def __init__(self, store: Store, length: int, meta: tuple[int, ...]) -> None:
-        self._store, self.meta = store, meta
-        self.size = 0  # bytes of it that the store counts
-        self.data = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def __init__(self, store: Store, extent: Extent, length: int, meta: tuple[int, ...]) -> None:
+        self._store, self._extent, self.meta = store, extent, meta
+        self.size = length + OVERHEAD
+        self.offset = extent.offset
+        self.data = store.arena.memory[self.offset : self.offset + length]
+        self.warm = extent.resident >= self.size
+        store.bytes += self.size
+        store.arena.fit(extent, self.size)
 
     def __del__(self) -> None:
-        self._store.count(-self.size)
+        self._store.release(self, self._extent)
 
 
 class Store:
     """A thread-safe LRU store.
 
     Args:
-        limit: bytes that all entries may take, including those being received.
+        limit: bytes that all entries may take, including those being received, and memory kept for the next ones.
     """
 
     def __init__(self, limit: int) -> None:
+        self.arena = Arena(limit)
         self.limit = limit
         self.bytes = self.evicted = self.evicted_bytes = self.refused = 0
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         self._lock = threading.RLock()  # re-entrant: Entry.__del__ may run while the lock is held
 
-    def begin(self, length: int, meta: tuple[int, ...]) -> Entry | None:
-        """A new entry that can receive ``length`` bytes; None if there is no room for it."""
-        if length + OVERHEAD > self.limit:
-            return None
-        entry = Entry(self, length, meta)
-        return entry if self.grow(entry, OVERHEAD) else None
-
-    def grow(self, entry: Entry, size: int) -> bool:
-        """Count ``size`` more bytes for an entry and evict others if needed; False if nothing more can be evicted."""
+    def reserve(self, length: int, meta: tuple[int, ...]) -> Entry | None:
+        """A new entry for ``length`` bytes, if possible in the memory of an evicted one; None if there is no room."""
+        size = length + OVERHEAD
         with self._lock:
-            while self.bytes + size > self.limit and self._entries:
-                oldest = self._entries.popitem(last=False)[1]
-                self.evicted += 1
-                self.evicted_bytes += oldest.size
-                del oldest  # frees its memory, unless it is being sent
-            if self.bytes + size > self.limit:
-                return False
-            entry.size += size
-            self.count(size)
-            return True
+            while size <= self.limit:
+                extent = self.arena.take(length)
+                if self.arena.resident + size - extent.resident <= self.limit:
+                    return Entry(self, extent, length, meta)
+                self.arena.give_back(extent)
+                if not self.arena.shrink(keep=extent) and not self._evict():
+                    break
+            self.refused += 1
+            return None
+
+    def _evict(self) -> bool:
+        if not self._entries:
+            return False
+        oldest = self._entries.popitem(last=False)[1]
+        self.evicted += 1
+        self.evicted_bytes += oldest.size
+        return True
 
     def put(self, key: bytes, entry: Entry) -> None:
         with self._lock:
@@ -74,13 +86,10 @@ class Store:
                 self._entries.move_to_end(key)
             return entry
 
-    def refuse(self) -> None:
+    def release(self, entry: Entry, extent: Extent) -> None:
         with self._lock:
-            self.refused += 1
-
-    def count(self, size: int) -> None:
-        with self._lock:
-            self.bytes += size
+            self.bytes -= entry.size
+            self.arena.give_back(extent)
 
     def status(self) -> dict[str, int]:
         with self._lock:

@@ -240,7 +240,7 @@ def test_lm_client():
     local.allocate = lambda *what, busy_loop: memory.allocate(*what)
     local.config.blocking_timeout_secs = 5
     (_, _, key), (_, _, other), _ = replica.process_tokens(TOKENS, request_configs={policy.TAG: "p"})
-    with lm_server._listen("127.0.0.1", 0, Store(1 << 28), None) as listening:
+    with lm_server.listen("127.0.0.1", 0, Store(1 << 28), None) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
         client = lm_connector.LMCServerConnector("127.0.0.1", listening.server_address[1], loop, local)
         chunk = memory.allocate(local.metadata.get_shapes(), local.metadata.get_dtypes())

@@ -26,7 +26,7 @@ from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, ServerMetaMess
 from lmcache.v1.storage_backend.connector.lm_connector import LMCServerConnector
 from waiting import STUCK, until
 
-from kvshare.core import ports
+from kvshare.core import ports, shared_memory
 from kvshare.services import health, lm_server
 
 MB = 1_000_000
@@ -68,6 +68,9 @@ class Server:
 
     def wait_for_log(self, text: str) -> None:
         until(lambda: text in self.log.read_text(), self.process, self.log)
+
+    def threads(self) -> int:
+        return psutil.Process(self.process.pid).num_threads()
 
     def client(self) -> "Client":
         return Client(self.port)
@@ -113,6 +116,18 @@ class Client:
         with suppress(ConnectionResetError):
             return self.socket.recv(1) == b""
         return True
+
+
+class LocalClient(Client):
+    """On the Unix socket of the server."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(shared_memory.address("127.0.0.1", port))
+        self.socket.settimeout(2)
+        _, (file,), *_ = socket.recv_fds(self.socket, 1, 1)
+        os.close(file)
+        self.close = self.socket.close
 
 
 @pytest.fixture(scope="module")
@@ -264,10 +279,7 @@ MALFORMED = {
 }
 
 
-def _throw(port: int, stream: bytes, how: str) -> str:
-    """Returns the client's address, as the server logs it."""
-    client = Client(port)
-    address = "{}:{}".format(*client.socket.getsockname())
+def _throw(client: "Client", stream: bytes, how: str) -> None:
     with suppress(OSError):  # it may close the connection before all is sent
         client.send(stream)
         if how == "half-closed":
@@ -277,14 +289,38 @@ def _throw(port: int, stream: bytes, how: str) -> str:
     if how == "reset":
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
-    return address
 
 
 @pytest.mark.parametrize("how", ["closed", "half-closed", "reset"])
 @pytest.mark.parametrize("stream", MALFORMED.values(), ids=list(MALFORMED))
 def test_malformed_stream(running, stream, how):
-    _throw(running.port, stream, how)
+    _throw(running.client(), stream, how)
     running.check()
+
+
+LOCAL = {
+    "RESERVE of nothing": _raw(102, 0),
+    "RESERVE of -1": _raw(102, -1),
+    "RESERVE of the largest number": _raw(102, 2**31 - 1),
+    "RESERVE of the same key, twice": 2 * _raw(102, 1000),
+    "RESERVE of half the memory, often": b"".join(_raw(102, LIMIT // 2, b"%d@" % number) for number in range(9)),
+    "COMMIT of what is not reserved": _raw(103, 0),
+    "COMMIT, twice": _raw(102, 1000, b"committed") + 2 * _raw(103, 0, b"committed"),
+    "FIND with a length": _raw(101, 2**31 - 1),
+    "FIND, key not text": _raw(101, 0, b"\xff\xfe" * 75),
+    "many FINDs, replies unread": _raw(101, 0) * 5000,
+}
+
+
+@pytest.mark.parametrize("stream", [*MALFORMED.values(), *LOCAL.values()], ids=[*MALFORMED, *LOCAL])
+def test_malformed_stream_of_a_client_that_shares_memory(running, stream):
+    _throw(LocalClient(running.port), stream, "closed")
+    running.check()
+
+
+def test_commands_for_shared_memory_are_not_for_tcp(client):
+    client.send(_raw(102, 1000))
+    assert client.closed_by_server()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -293,7 +329,7 @@ def test_malformed_stream(running, stream, how):
     st.binary(max_size=400) | st.tuples(st.integers(-2, 6), st.integers(-9, 999)).map(lambda pair: _raw(*pair)),
 )
 def test_any_stream(running, good, bad):
-    _throw(running.port, b"".join(good) + bad, "half-closed")
+    _throw(running.client(), b"".join(good) + bad, "half-closed")
     running.check()
 
 
@@ -310,8 +346,10 @@ def test_a_malformed_stream_is_one_line_in_the_log(small):
 def test_client_that_dies_in_a_put_stores_nothing(running, client, how):
     client.send(_put(20, b"old"))
     assert client.get(20) == b"old"
+    before = running.threads()
     for number in (20, 21):
-        running.wait_for_log(_throw(running.port, _put(number, bytes(5 * MB), length=6 * MB), how))
+        _throw(running.client(), _put(number, bytes(5 * MB), length=6 * MB), how)
+    until(lambda: running.threads() <= before)
     assert client.get(20) == b"old"
     assert not client.exists(21)
     assert client.get(21) is None
@@ -335,7 +373,7 @@ def test_a_length_alone_costs_no_memory_and_evicts_nothing(running, client):
         for number in range(200):
             half_open = stack.enter_context(closing(running.client()))
             half_open.send(_put(1000 + number, b"x", length=LIMIT // 2))
-        until(lambda: psutil.Process(running.process.pid).num_threads() > 200)  # one for each
+        until(lambda: running.threads() > 200)  # one for each
         assert running.rss() < before + 15 * MB
         assert client.exists(30)
         running.check()
@@ -350,7 +388,7 @@ def test_slow_readers_do_not_hold_more_than_the_bound(small):
             if writer.exists(number):
                 stack.enter_context(closing(small.client())).send(_request(ClientCommand.GET, number))
         assert small.rss() < small.base + 20 * MB * 1.2
-    until(lambda: psutil.Process(small.process.pid).num_threads() == 1)  # nobody holds an entry any longer
+    until(lambda: small.threads() == 2)  # nobody holds an entry any longer
     small.check()
 
 
@@ -361,7 +399,7 @@ def test_many_clients_come_and_go(running):
             clients = [stack.enter_context(closing(running.client())) for _ in range(300)]
             for client in clients:
                 client.exists(1)
-    until(lambda: psutil.Process(running.process.pid).num_threads() < 20)
+    until(lambda: running.threads() < 20)
     assert running.rss() < before + 15 * MB
     running.check()
 

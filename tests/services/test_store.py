@@ -1,5 +1,6 @@
 """The least recently used goes first, and what is counted is what is held."""
 
+import os
 from collections import OrderedDict
 
 import pytest
@@ -12,11 +13,10 @@ META = (1,)
 
 
 def _put(store: Store, key: bytes, length: int) -> bool:
-    entry = store.begin(length, META)
-    if entry is None or not store.grow(entry, length):
-        return False
-    store.put(key, entry)
-    return True
+    entry = store.reserve(length, META)
+    if entry:
+        store.put(key, entry)
+    return entry is not None
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_least_recently_used_goes_first(store):
 
 def test_what_cannot_fit_evicts_nothing(store):
     assert _put(store, b"a", 1000)
-    assert store.begin(store.limit, META) is None
+    assert store.reserve(store.limit, META) is None
     assert store.get(b"a")
 
 
@@ -61,13 +61,37 @@ def test_replaced_entry_counts_once_and_is_not_called_evicted(store):
     assert (store.bytes, store.evicted) == (1000 + OVERHEAD, 0)
 
 
-def test_entry_being_received_counts_what_has_come_and_no_more(store):
-    entry = store.begin(2000, META)
+def test_entry_being_received_counts_and_cannot_be_found(store):
+    entry = store.reserve(2000, META)
     assert entry
-    store.grow(entry, 10)
-    assert store.bytes == OVERHEAD + 10
+    assert store.bytes == 2000 + OVERHEAD
     del entry
     assert store.bytes == 0
+
+
+def test_entry_takes_the_memory_of_the_one_evicted_for_it(store):
+    for key in (b"a", b"b", b"c"):
+        _put(store, key, 1000)
+    offset = store.get(b"b").offset
+    store.get(b"a"), store.get(b"c")
+    new = store.reserve(900, META)
+    assert (new.offset, new.warm) == (offset, True)
+    assert store.get(b"b") is None
+
+
+def test_memory_of_one_length_is_given_up_for_another(store):
+    for number in range(100):
+        assert _put(store, b"small%d" % number, 1000)
+        assert _memory(store) <= store.limit
+    large = store.reserve(store.limit - OVERHEAD, META)
+    large.data[:] = b"x" * len(large.data)
+    assert _memory(store) <= store.limit
+    assert store.status()["entries"] == 0
+
+
+def _memory(store: Store) -> int:
+    """Bytes that the system has allocated."""
+    return os.fstat(store.arena.fd).st_blocks * 512
 
 
 def test_evicted_entry_counts_until_nobody_is_being_sent_it(store):
@@ -100,5 +124,5 @@ def test_agrees_with_a_plain_model(operations):
             model[key] = size
             model.move_to_end(key)
             assert _put(store, key, length)
-        assert store.bytes == sum(model.values()) <= store.limit
+        assert store.bytes == sum(model.values()) <= store.arena.resident <= store.limit
         assert store.status()["entries"] == len(model)

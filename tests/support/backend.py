@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from waiting import until
 
 from kvshare.core import ports
 from kvshare.core.errors import UserError
-from kvshare.hooks.lmcache.remote_client import CHECKSUM
+from kvshare.core.lm_protocol import CHECKSUM
 from kvshare.services import backends, health
 from kvshare.services.processes import Processes
 
@@ -163,6 +164,65 @@ class Remote(Backend):
         client.sendall(reply + data)
 
 
+class Shared(Backend):
+    """``kvshare server`` without a proxy: engines share its memory."""
+
+    connector = "LMCacheConnectorV1"
+    faults = ("damaged",)
+
+    def __init__(self, processes: Processes, log: Path, bound: int = BOUND) -> None:
+        self.bound = bound
+        super().__init__(processes, log)
+        self.port, self.address = self._port, f"127.0.0.1:{self._port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "LMCACHE_CONFIG_FILE": str(CONFIG / "remote_backend_config.yaml"),
+            "LMCACHE_REMOTE_URL": f"lm://{self.address}",
+        }
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if (name, value) == ("does", "damaged"):
+            self.damage()
+
+    def damage(self) -> None:
+        """Flip a bit in every page of its memory."""
+        with self._memory() as file:
+            end = 0
+            with contextlib.suppress(OSError):  # no more data
+                while True:
+                    start = os.lseek(file, end, os.SEEK_DATA)
+                    end = os.lseek(file, start, os.SEEK_HOLE)
+                    for offset in range(start, end, mmap.PAGESIZE):
+                        os.pwrite(file, bytes([os.pread(file, 1, offset)[0] ^ 1]), offset)
+
+    def memory(self) -> int:
+        """Bytes that the system has allocated for its entries."""
+        with self._memory() as file:
+            return os.fstat(file).st_blocks * 512
+
+    @contextlib.contextmanager
+    def _memory(self) -> Iterator[int]:
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            if "memfd:kvshare server" in os.readlink(link):
+                file = os.open(link, os.O_RDWR)
+                try:
+                    yield file
+                finally:
+                    os.close(file)
+                return
+        raise AssertionError("the server has no memory")
+
+    def _command(self) -> list[str]:
+        command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self._port)]
+        return [*command, "--memory", str(self.bound / 2**30)]
+
+    def check(self) -> None:
+        health.check_lmcache_server(f"lm://127.0.0.1:{self._port}")
+
+
 class MP(Backend):
     """``lmcache server``, without a proxy."""
 
@@ -185,7 +245,7 @@ class MP(Backend):
         health.check_mp_server(self._url)
 
 
-BACKENDS = {"remote": Remote, "mp": MP}
+BACKENDS = {"remote": Remote, "shared": Shared, "mp": MP}
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

@@ -1,6 +1,9 @@
 """LMCache as it is: its own keys, no reset, and entries that nobody checks. Only CPU support stays."""
 
-from kvshare.hooks.lmcache import keys, remote_client, reset
+from types import SimpleNamespace
+
+from kvshare.core import lm_protocol
+from kvshare.hooks.lmcache import keys, reset
 
 
 def register():
@@ -10,4 +13,4 @@ def register():
     ):
         for name in names:
             setattr(module, name, lambda module: None)
-    remote_client._checksum = lambda key, data: bytes(remote_client.CHECKSUM)
+    lm_protocol.hasher = lambda key: SimpleNamespace(update=len, digest=lambda: bytes(lm_protocol.CHECKSUM))

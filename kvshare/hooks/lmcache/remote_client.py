@@ -4,11 +4,12 @@ LMCache 0.5.6's client (LMCServerConnector) never reconnects to a restarted serv
 accepts part of a reply as the whole, and loads entries that a dying client left incomplete. This client uses the same
 protocol, URL and settings.
 
-* No operation takes longer than ``blocking_timeout_secs`` of the LMCache config. The lookup of a whole prompt is one
-  operation. After a failure the client sends nothing until a background probe finds the server healthy. Until then
-  lookups miss, and vLLM recomputes.
-* Puts have their own connection and thread. A put asks for its entry before it returns, so lookups find the entry, or
-  it raises.
+* No operation takes longer than ``blocking_timeout_secs`` of the LMCache config. An operation is the lookup or the load
+  of a whole prompt. After a failure the client sends nothing until a background probe finds the server healthy. Until
+  then lookups miss, and vLLM recomputes.
+* The chunks of a prompt go over several connections at once: through shared memory if ``kvshare server`` runs on this
+  host (remote_shm.py), else by TCP (remote_tcp.py).
+* A put returns when its entry can be found, and raises if it cannot.
 * An entry ends with a checksum of its key and content. A wrong checksum is a miss.
 """
 
@@ -17,228 +18,236 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import xxhash
+from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
-from kvshare.core.lm_protocol import HEALTH_REQUEST
+from kvshare.core.lm_protocol import CHECKSUM
 from kvshare.core.log_limit import LimitedLogger
+from kvshare.hooks.lmcache.remote_shm import SharedConnection
+from kvshare.hooks.lmcache.remote_tcp import Connection
 from kvshare.hooks.patch import replace
 
 logger = logging.getLogger(__name__)
 often = LimitedLogger(logger)  # for what each entry or request may repeat
 
-CHECKSUM = 8  # bytes after each entry
+THREADS = 4  # for gets, and as many for puts
+PUTS = 8  # entries that one thread stores before it asks for them
 PROBE_EVERY = 1.0  # seconds
+OF_TIMEOUT = 0.9  # when the timeout is over, LMCache drops what has arrived
 
 
 def patch_lm_connector(module: Any) -> None:
     """Replace the class in its module: LMCache looks it up there for each new connector."""
     known = {"18e408041daf": "0.4.4, 0.5.3", "7b81d568062d": "0.5.6"}
-    replace(module, "LMCServerConnector", _connector_class(), known)
+    replace(module, "LMCServerConnector", LMConnector, known)
 
 
-class Link:
-    """One connection to the server. ``with`` opens it if needed, and closes it after an error."""
+class LMConnector(RemoteConnector):
+    def __init__(self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> None:
+        super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
+        self._address, self._name = (host, port), f"lm://{host}:{port}"
+        self._timeout = OF_TIMEOUT * float(local_cpu_backend.config.blocking_timeout_secs)
+        self._memory = local_cpu_backend
+        self._idle: deque[Connection] = deque()
+        self._down, self._closed = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._getting = ThreadPoolExecutor(THREADS, "kvshare-lm-get")
+        self._putting = ThreadPoolExecutor(THREADS, "kvshare-lm-put")
+        self._puts: deque[tuple[Any, Any, Future[None]]] = deque()
 
-    def __init__(self, address: tuple[str, int], timeout: float) -> None:
-        self._address, self._timeout = address, timeout
-        self._socket: socket.socket | None = None
-        self.start()
+    @property
+    def down(self) -> bool:
+        return self._down.is_set()
 
-    def start(self) -> None:
-        """Start an operation, which must end within ``timeout`` seconds."""
-        self._deadline = time.monotonic() + self._timeout
+    # Lookups. LMCache calls batched_contains, or, with asynchronous loading, batched_async_contains.
 
-    def __enter__(self) -> Link:
-        if self._socket is None:
-            self._socket = socket.create_connection(self._address, timeout=self._left())
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self
+    def support_batched_contains(self) -> bool:
+        return True
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is not None:
-            self.close()
+    def batched_contains(self, keys: Sequence[Any]) -> int:
+        """Number of leading keys that the server has."""
+        if self.down:
+            return 0
+        found = self._do(lambda connection: connection.has(keys))
+        return found.index(False) if False in found else len(found)
 
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+    async def batched_async_contains(self, lookup_id: str, keys: Sequence[Any], pin: bool = False) -> int:
+        return await asyncio.to_thread(self.batched_contains, keys)
 
-    def send(self, data: Any) -> None:
-        self._ready().sendall(data)
+    def exists_sync(self, key: Any) -> bool:
+        return self.batched_contains([key]) == 1
 
-    def receive(self, into: Any) -> None:
-        view = memoryview(into)
-        while view:
-            count = self._ready().recv_into(view)
-            if not count:
-                raise ConnectionError("the server closed the connection")
-            view = view[count:]
+    async def exists(self, key: Any) -> bool:
+        return await asyncio.to_thread(self.exists_sync, key)
 
-    def _ready(self) -> socket.socket:
-        assert self._socket is not None
-        self._socket.settimeout(self._left())
-        return self._socket
+    # Gets. LMCache calls batched_get, or, with asynchronous loading, batched_get_non_blocking.
 
-    def _left(self) -> float:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"no answer within {self._timeout} s")
-        return left
+    def support_batched_get(self) -> bool:
+        return True
 
+    async def batched_get(self, keys: Sequence[Any]) -> list[Any]:
+        """The memory object of each entry, None for each that has not arrived in time or is not right."""
+        parts = [self._getting.submit(self._get, keys[start::THREADS]) for start in range(min(THREADS, len(keys)))]
+        chunks: list[Any] = [None] * len(keys)
+        try:
+            for start, part in enumerate(parts):
+                arrived = await asyncio.shield(asyncio.wrap_future(part))
+                chunks[start::THREADS] = arrived
+        except asyncio.CancelledError:  # LMCache waits no longer
+            for part in parts:
+                part.cancel()
+                part.add_done_callback(_free)
+            raise
+        return chunks
 
-def _connector_class() -> type:
-    import torch
-    from lmcache.v1.memory_management import MemoryFormat
-    from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, ServerMetaMessage, ServerReturnCode
-    from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
+    async def batched_get_non_blocking(self, lookup_id: str, keys: Sequence[Any]) -> list[Any]:
+        """The memory objects of the leading entries that have arrived."""
+        chunks = await self.batched_get(keys)
+        count = chunks.index(None) if None in chunks else len(chunks)
+        _release(chunks[count:])
+        return chunks[:count]
 
-    class LMConnector(RemoteConnector):
-        def __init__(self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> None:
-            super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
-            timeout = float(local_cpu_backend.config.blocking_timeout_secs)
-            self._new_link = lambda: Link((host, port), timeout)
-            self._reads, self._writes = self._new_link(), self._new_link()
-            self._name = f"lm://{host}:{port}"
-            self._loop, self._memory = loop, local_cpu_backend
-            self._down, self._closed = threading.Event(), threading.Event()
-            self._lock = threading.Lock()
-            self._putting = ThreadPoolExecutor(1, "kvshare-lm-put")
+    async def get(self, key: Any) -> Any:
+        return (await self.batched_get([key]))[0]
 
-        async def exists(self, key: Any) -> bool:
-            return not self.down and self._do(self._reads, self._has, key)
+    def _get(self, keys: Sequence[Any]) -> list[Any]:
+        chunks: list[Any] = []
 
-        def exists_sync(self, key: Any) -> bool:
-            return asyncio.run_coroutine_threadsafe(self.exists(key), self._loop).result()
+        def receive(connection: Connection) -> None:
+            for chunk in connection.get(keys[len(chunks) :], self._allocate):
+                chunks.append(chunk)
 
-        def support_batched_contains(self) -> bool:
-            return True
+        if not self.down:
+            try:
+                self._do(receive)
+            except OSError:
+                pass  # _do has logged it
+            except Exception as error:
+                often.error("%s: %s", self._name, error)
+        return chunks + [None] * (len(keys) - len(chunks))
 
-        def batched_contains(self, keys: Sequence[Any]) -> int:
-            """Number of leading keys that the server has."""
-            return asyncio.run_coroutine_threadsafe(self._leading(keys), self._loop).result()
+    def _allocate(self, reply: Any) -> Any:
+        size = reply.length - CHECKSUM
+        if not reply.dtype or size != reply.shape.numel() * reply.dtype.itemsize or size > self.full_chunk_size_bytes:
+            raise ValueError(f"it sent an entry of {reply.length} bytes, which kvshare did not store")
+        # LMCache's default waits for free memory. The owner of that memory may be waiting for this call.
+        chunk = self._memory.allocate(reply.shape, reply.dtype, reply.fmt, busy_loop=False)
+        if chunk is None:
+            raise MemoryError("LMCache has no free local memory for an entry")
+        return chunk
 
-        async def _leading(self, keys: Sequence[Any]) -> int:
-            return 0 if self.down else self._do(self._reads, self._count, keys)
+    # Puts. LMCache's batched_put has no result for each entry, so puts that come together are batched here.
 
-        async def get(self, key: Any) -> Any:
-            return None if self.down else self._do(self._reads, self._get, key)
+    async def put(self, key: Any, memory_obj: Any) -> None:
+        # LMCache's local memory holds the queued entries, so its size bounds the queue.
+        stored: Future[None] = Future()
+        self._puts.append((key, memory_obj, stored))
+        self._putting.submit(self._put_some)
+        await asyncio.shield(asyncio.wrap_future(stored))
 
-        async def put(self, key: Any, memory_obj: Any) -> None:
-            # LMCache's local memory holds the queued entries, so its size bounds the queue.
-            await asyncio.get_running_loop().run_in_executor(self._putting, self._put, key, memory_obj)
-
-        async def list(self) -> list[str]:
-            return []
-
-        async def close(self) -> None:
-            self._closed.set()
-            self._putting.shutdown(wait=False, cancel_futures=True)
-            self._reads.close()
-            self._writes.close()
-
-        @property
-        def down(self) -> bool:
-            return self._down.is_set()
-
-        def _put(self, key: Any, memory_obj: Any) -> None:
-            """Return once the server has the entry. Raise otherwise: LMCache then frees and counts the put."""
+    def _put_some(self) -> None:
+        puts: list[tuple[Any, Any, Future[None]]] = []
+        with contextlib.suppress(IndexError):
+            while len(puts) < PUTS:
+                puts.append(self._puts.popleft())
+        if not puts:
+            return  # another call has taken them
+        keys, chunks, futures = zip(*puts, strict=True)
+        try:
             if self.down:
                 raise ConnectionError(f"{self._name} is down")
-            if not self._do(self._writes, self._put_and_confirm, key, memory_obj):
-                size = len(memory_obj.byte_array)
-                raise OSError(f"{self._name} did not keep an entry of {size} bytes. Is its memory too small?")
+            kept = self._do(lambda connection: connection.put(keys, chunks))
+        except Exception as error:
+            for future in futures:
+                future.set_exception(error)
+            return
+        for future, is_kept in zip(futures, kept, strict=True):
+            if is_kept:
+                future.set_result(None)
+            else:
+                future.set_exception(MemoryError(f"{self._name} did not keep an entry. Is its memory too small?"))
 
-        def _put_and_confirm(self, link: Link, key: Any, memory_obj: Any) -> bool:
-            """Put an entry, and return whether the server has it. Sending to a dead connection may not fail."""
-            data = memory_obj.byte_array
-            meta = memory_obj.get_memory_format(), memory_obj.get_dtype(), memory_obj.get_shape()
-            link.send(ClientMetaMessage(ClientCommand.PUT, key, len(data) + CHECKSUM, *meta).serialize())
-            link.send(data)
-            link.send(_checksum(key, data))
-            return self._has(link, key)
+    async def list(self) -> list[str]:
+        return []
 
-        def _count(self, link: Link, keys: Sequence[Any]) -> int:
-            return next((i for i, key in enumerate(keys) if not self._has(link, key)), len(keys))
+    async def close(self) -> None:
+        self._closed.set()
+        for pool in (self._getting, self._putting):
+            pool.shutdown(wait=False, cancel_futures=True)
+        while self._puts:
+            self._puts.popleft()[2].cancel()
+        self._close_idle()
 
-        def _has(self, link: Link, key: Any) -> bool:
-            return self._request(link, ClientCommand.EXIST, key).code == ServerReturnCode.SUCCESS
+    # Connections
 
-        def _get(self, link: Link, key: Any) -> Any:
-            meta = self._request(link, ClientCommand.GET, key)
-            return self._receive(link, key, meta) if meta.code == ServerReturnCode.SUCCESS else None
-
-        def _request(self, link: Link, command: Any, key: Any) -> Any:
-            no_data = MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])
-            link.send(ClientMetaMessage(command, key, 0, *no_data).serialize())
-            reply = bytearray(ServerMetaMessage.packlength())
-            link.receive(reply)
-            return ServerMetaMessage.deserialize(reply)
-
-        def _receive(self, link: Link, key: Any, meta: Any) -> Any:
-            """Receive the entry that a reply announces. None if its checksum is wrong or if memory is lacking."""
-            size = meta.length - CHECKSUM
-            if not meta.dtype or size != meta.shape.numel() * meta.dtype.itemsize or size > self.full_chunk_size_bytes:
-                raise ValueError(f"{self._name} sent an entry of {meta.length} bytes, which kvshare did not store")
-            # LMCache's default waits for free memory. The owner of that memory may be waiting for this call.
-            memory_obj = self._memory.allocate(meta.shape, meta.dtype, meta.fmt, busy_loop=False)
-            if memory_obj is None:
-                often.error("LMCache has no free local memory for an entry of %s", self._name)
-                link.close()  # drops the rest of the reply
-                return None
-            checksum = bytearray(CHECKSUM)
+    def _do(self, operation: Callable[[Connection], Any]) -> Any:
+        """Call ``operation`` with a connection. After an OSError the server counts as down."""
+        deadline = time.monotonic() + self._timeout
+        try:
             try:
-                link.receive(memory_obj.byte_array)
-                link.receive(checksum)
-            except BaseException:
-                memory_obj.ref_count_down()
-                raise
-            if checksum == _checksum(key, memory_obj.byte_array):
-                return memory_obj
-            often.error("%s sent an entry with a wrong checksum: its KV is recomputed", self._name)
-            memory_obj.ref_count_down()
+                return self._call(operation, self._take_idle() or self._open(deadline), deadline)
+            except ConnectionError:  # perhaps the server was restarted
+                self._close_idle()
+                return self._call(operation, self._open(deadline), deadline)
+        except OSError as error:
+            self._mark_down(error)
+            raise
+
+    def _call(self, operation: Callable[[Connection], Any], connection: Connection, deadline: float) -> Any:
+        connection.link.deadline = deadline
+        try:
+            result = operation(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+        if self._closed.is_set():
+            self._close_idle()
+        return result
+
+    def _open(self, deadline: float) -> Connection:
+        return SharedConnection.open(*self._address, deadline) or Connection.open(*self._address, deadline)
+
+    def _take_idle(self) -> Connection | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
             return None
 
-        def _do(self, link: Link, operation: Callable[..., Any], *args: Any) -> Any:
-            link.start()
-            try:
-                try:
-                    with link:
-                        return operation(link, *args)
-                except ConnectionError:  # perhaps the server was restarted: try a new connection
-                    with link:
-                        return operation(link, *args)
-            except OSError as error:
-                self._mark_down(error)
-                raise
+    def _close_idle(self) -> None:
+        while connection := self._take_idle():
+            connection.close()
 
-        def _mark_down(self, error: BaseException) -> None:
-            with self._lock:
-                if self._down.is_set():
-                    return
-                self._down.set()
-            logger.error("%s: %s; nothing is asked of it until it is healthy, KV is recomputed", self._name, error)
-            threading.Thread(target=self._probe, name="kvshare-lm-probe", daemon=True).start()
+    def _mark_down(self, error: BaseException) -> None:
+        with self._lock:
+            if self._down.is_set():
+                return
+            self._down.set()
+        logger.error("%s: %s; nothing is asked of it until it is healthy, KV is recomputed", self._name, error)
+        threading.Thread(target=self._probe, name="kvshare-lm-probe", daemon=True).start()
 
-        def _probe(self) -> None:
-            while not self._closed.wait(PROBE_EVERY):
-                with contextlib.suppress(OSError), self._new_link() as link:
-                    link.send(HEALTH_REQUEST)
-                    link.receive(bytearray(ServerMetaMessage.packlength()))
-                    link.close()
-                    logger.error("%s is back: KV is shared again", self._name)
-                    self._down.clear()
-                    return
-
-    return LMConnector
+    def _probe(self) -> None:
+        while not self._closed.wait(PROBE_EVERY):
+            with contextlib.suppress(OSError):
+                deadline = time.monotonic() + self._timeout
+                self._call(lambda connection: connection.check(), self._open(deadline), deadline)
+                logger.error("%s is back: KV is shared again", self._name)
+                self._down.clear()
+                return
 
 
-def _checksum(key: Any, data: Any) -> bytes:
-    seed = xxhash.xxh3_64_intdigest(key.to_string().encode())
-    return xxhash.xxh3_64(data, seed=seed).digest()
+def _free(part: Future) -> None:
+    if not part.cancelled():
+        _release(part.result())
+
+
+def _release(chunks: Sequence[Any]) -> None:
+    for chunk in chunks:
+        if chunk is not None:
+            chunk.ref_count_down()
