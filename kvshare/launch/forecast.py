@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median, quantiles
 from typing import Any
 
-from kvshare.routing.prefixes import chunk_digests
+from kvshare.routing.digests import chunk_digests
 
 Step = Sequence[list[int]]
 """The prompts of one training step, as token ids."""
