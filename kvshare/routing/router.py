@@ -183,9 +183,10 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     async def _watch(self, leader: Leader, prefix: str) -> None:
         stored = False
+        seconds = self._hold_seconds + AFTER_RELEASE  # longer than those that are held, which then count as given up
         try:
             handle = self._servers[leader.server]
-            stored, pace = await handle.wait_prefix_stored.remote(leader.policy, prefix, self._hold_seconds)
+            stored, pace = await handle.wait_prefix_stored.remote(leader.policy, prefix, seconds)
             self._listener.heard(leader.server, pace)
         except Exception as error:  # a server that died will not store it either
             often.warning("router: %s did not report whether a prefix is stored: %s", leader.server, error)
