@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import selectors
 from collections import Counter, OrderedDict, deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -28,34 +27,6 @@ DELAY = 0.08  # seconds from the end of a prefill until others find it
 STEP, CONTEXT = 0.0061, 16e-9  # seconds of a decode step, and more for each token of KV that it reads; fitted
 RECEIVE, RECEIVE_TOKEN = 0.002, 0.3e-6  # seconds of the API server for a request, and for each of its tokens
 POLICY = "run-1"
-
-
-class VirtualTime(asyncio.SelectorEventLoop):
-    """Jumps to the next timer instead of waiting for it; raises if there is none: somebody waits forever."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        super().__init__(_Jump(self))
-
-    def time(self) -> float:
-        return self._now
-
-
-class _Jump(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
-    def __init__(self, loop: VirtualTime) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list:
-        if timeout is None:
-            raise RuntimeError("everybody waits and nothing will happen")
-        self._loop._now += max(0.0, timeout)
-        return super().select(0)
-
-
-def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    with asyncio.Runner(loop_factory=VirtualTime) as runner:
-        return runner.run(coroutine)
 
 
 @dataclass(eq=False)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from engine import CHUNK, POOL, SEQUENCES, Engine, Handle, prefill_seconds, run
+from engine import CHUNK, POOL, SEQUENCES, Engine, Handle, prefill_seconds
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
+from virtual_time import run
 
 from kvshare.routing.affinity import AffinityRouter
 from kvshare.routing.digests import chunk_digests

@@ -21,12 +21,14 @@ class AffinityRouter(GlobalRequestLoadBalancer):
     Args:
         servers: actor handle of each rollout server by address.
         config: the router YAML. A replica that has ``max_imbalance`` more requests than another takes no further
-            samples of its prompts: they go to the replica with the fewest from then on.
+            samples of its prompts: they go to the replica with the fewest from then on. With ``full_determinism`` only
+            the request id decides the placement, as in verl's own router.
     """
 
     def __init__(self, servers: dict[str, Any], config: dict[str, Any] | None = None) -> None:
-        super().__init__(servers)
-        self._max_imbalance = int((config or {}).get("max_imbalance", 64))
+        config = config or {}
+        super().__init__(servers, full_determinism=bool(config.get("full_determinism")))
+        self._max_imbalance = int(config.get("max_imbalance", 64))
         self._prompts: LRUCache = LRUCache(maxsize=REMEMBERED)  # digest -> server
 
     def require_acquire_fields(self) -> list[str]:

@@ -38,14 +38,23 @@ class Prompt:
 
 
 def choices(
-    servers: dict[str, Server], chunks: Chunks, rate: dict[str, float], prompt: Prompt, chunk_size: int, now: float
+    servers: dict[str, Server],
+    chunks: Chunks,
+    rate: dict[str, float],
+    prompt: Prompt,
+    chunk_size: int,
+    now: float,
+    hold: bool = False,
 ) -> list[Choice]:
-    """The best choice for each server: to send the request now, or when what another server computes is stored."""
+    """The best choice for each server: to send the request now, or when what is being computed is stored.
+
+    With ``hold`` it is sent when that is stored, whatever the cost, also to the server that computes it.
+    """
     found = {
         policy: _Found(chunks.find(policy, prompt.digests), chunk_size)
         for policy in {server.policy for server in servers.values()}
     }
-    return [_choice(name, server, found[server.policy], rate, prompt, now) for name, server in servers.items()]
+    return [_choice(name, server, found[server.policy], rate, prompt, now, hold) for name, server in servers.items()]
 
 
 class _Found:
@@ -66,14 +75,16 @@ class _Found:
         return prompt.tokens if has and prompt.tokens - has < self.chunk_size else has
 
 
-def _choice(name: str, server: Server, found: _Found, rate: dict[str, float], prompt: Prompt, now: float) -> Choice:
+def _choice(
+    name: str, server: Server, found: _Found, rate: dict[str, float], prompt: Prompt, now: float, hold: bool
+) -> Choice:
     has = found.on(name, prompt)
     busy = max(0.0, server.ready - now)
     at_once = _cost(server, rate, prompt, busy, has, max(0, found.stored - has))
-    if found.leader and found.tokens > has and found.leader.server != name:
+    if found.leader and (hold or (found.tokens > has and found.leader.server != name)):
         stored = max(busy, found.leader.stored_at - now, rate["delay"])
-        later = _cost(server, rate, prompt, stored, has, found.tokens - has)
-        if later.total < at_once.total:
+        later = _cost(server, rate, prompt, stored, has, max(0, found.tokens - has))
+        if hold or later.total < at_once.total:
             return Choice(name, later, has, found.leader)
     return Choice(name, at_once, has)
 

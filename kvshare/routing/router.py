@@ -49,13 +49,16 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     Args:
         servers: actor handle of each rollout server (``KVShareServer``) by address.
-        config: the router YAML. ``hold_seconds`` is the longest time to hold a request. With ``full_determinism`` only
-            the request id decides the placement, as in verl's own router.
+        config: the router YAML. ``hold_seconds`` is the longest time to hold a request. With ``placement`` "spread"
+            each sample is held until its prompt is stored and goes where the fewest requests are, whatever that costs;
+            the turns of a conversation stay together.
+            With ``full_determinism`` only the request id decides the placement, as in verl's own router.
     """
 
     def __init__(self, servers: dict[str, Any], config: dict[str, Any]) -> None:
         super().__init__(servers, full_determinism=bool(config.get("full_determinism")))
         self._hold_seconds = float(config.get("hold_seconds", 30))
+        self._spread = config.get("placement") == "spread"
         self._chunk_size = int(config.get("chunk_size") or _chunk_size())
         self._state = {name: Server() for name in servers}
         self._listener = Listener(self._state, self._policy_changed)
@@ -147,11 +150,15 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._usual = max(self._usual, self.get_total_inflight() / len(self._servers))
         prompt = Prompt(tokens, digests, last, min(last_tokens, tokens), self._usual)
         now = asyncio.get_running_loop().time()
-        return choices(self._state, self._chunks, self._listener.rate, prompt, self._chunk_size, now)
+        rate = self._listener.rate
+        return choices(self._state, self._chunks, rate, prompt, self._chunk_size, now, hold=self._spread)
 
     def _choose(self, request_id: str, options: list[Choice]) -> Choice:
         if self._full_determinism:
             return options[zlib.crc32(request_id.encode()) % len(options)]
+        if self._spread:
+            last, state = self._request_id_to_server.get(request_id), self._state
+            return min(options, key=lambda c: (c.server != last, state[c.server].requests, c.cost.total))
         return min(options, key=lambda choice: choice.cost.total)
 
     def _place(self, request_id: str, choice: Choice, tokens: int, digests: list[str]) -> None:
@@ -196,7 +203,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
     def _policy_changed(self, name: str) -> None:
         if self._state[name].policy is None:
             self._chunks.give_up(name)
-            if name in self._listener.silent:
+            if name in self._listener.silent and self._placed:  # not one that ends with the run
                 self._write_counters()
         self._chunks.keep_policies({server.policy for server in self._state.values()})
 

@@ -16,7 +16,7 @@ from kvshare.routing.listener import RETRY
 from kvshare.routing.router import PrefillOnceRouter
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import engine
+import virtual_time
 
 CHUNK = 256
 RATES = {"prefill": 10_000, "load": 100_000, "delay": 0.01, "step": 0.02, "context": 1e-8, "response": 200, "stall": 1}
@@ -74,7 +74,7 @@ def scenario(test, servers=2, pace=UNKNOWN, **config):
         made = {str(i): Server(pace) for i in range(servers)}
         return await test(PrefillOnceRouter(dict(made), {"chunk_size": CHUNK, **config}), made)
 
-    return engine.run(run())
+    return virtual_time.run(run())
 
 
 async def arrive(router, *names, prompt=PROMPT):
@@ -127,6 +127,23 @@ def test_followers_that_move_wait_for_the_prefix():
         assert status["saved_seconds"] > status["move_seconds"] > 0
 
     scenario(test, pace=FAST)
+
+
+def test_spread_sends_samples_to_all_servers_whatever_a_move_costs():
+    async def test(router, servers):
+        tasks = await arrive(router, *"abcd")
+        assert gone(tasks) == ["a"]
+        servers[tasks["a"].result()[0]].answer(True)
+        placed = [(await task)[0] for task in tasks.values()]
+        assert sorted(map(placed.count, "01")) == [2, 2]
+        assert router.get_status()["held"] == 3
+        name = placed[0]
+        router.release_server(name, "a")
+        busy(router, name)
+        turn = await arrive(router, "a", prompt=PROMPT * 2)
+        assert turn["a"].result()[0] == name
+
+    scenario(test, pace=NEVER, placement="spread")
 
 
 def test_who_waited_is_placed_by_what_is_true_then():
@@ -367,6 +384,31 @@ def test_server_that_failed_to_answer_is_heard_again(caplog):
         await asyncio.sleep(sum(RETRY[:3]) + 0.1)
         assert router.get_status()["silent"] == []
         assert router._state["1"].policy == "run-1"
+
+    scenario(test)
+
+
+def test_only_a_silence_in_the_middle_of_requests_is_recorded(monkeypatch):
+    """At the end of a run verl kills its servers one by one, and the router after them."""
+
+    async def test(router, servers):
+        recorded = []
+        monkeypatch.setattr(router._event_log, "write", lambda op, **fields: recorded.append(fields["silent"]))
+        name = (await arrive(router, "a"))["a"].result()[0]
+        for server in servers.values():
+            server.fails = 1
+            server.update("run-2")
+        await asyncio.sleep(0.001)
+        assert recorded[-1] == [0, 1]
+        await asyncio.sleep(RETRY[0])
+        router.release_server(name, "a")
+        assert recorded[-1] == []
+        for server in servers.values():
+            server.fails = 1
+            server.update("run-3")
+        await asyncio.sleep(0.001)
+        assert router.get_status()["silent"] == [0, 1]
+        assert recorded[-1] == []
 
     scenario(test)
 
