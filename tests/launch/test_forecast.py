@@ -49,7 +49,7 @@ def test_common_beginning_is_stored_once_and_shared_between_prompts():
 def moved(placement, replicas, samples) -> tuple[int, int]:
     """Tokens of a step on another replica than their leader's: in benchmarks/routing.py's simulation, and as predicted.
 
-    An engine of the simulation may load them twice, for two requests that come while they are not there yet.
+    The simulated engines may load them twice, as with `mp`: for two samples that come while they are not there yet.
     """
     prompts = 2 * replicas
     step = routing.batch(prompts, samples, 2048, [256] * prompts * samples)
