@@ -290,8 +290,8 @@ STORM = st.lists(
 
 
 @settings(max_examples=100)
-@given(STORM)
-def test_no_request_is_lost_and_loads_return_to_zero(storm):
+@given(STORM, st.sampled_from(["cost", "spread"]))
+def test_no_request_is_lost_and_loads_return_to_zero(storm, placement):
     async def test(router, servers):
         tasks, spare = {}, {}
         for i, (event, pick) in enumerate(storm):
@@ -317,7 +317,7 @@ def test_no_request_is_lost_and_loads_return_to_zero(storm):
         assert all(server.requests == server.context == 0 for server in router._state.values())
         assert router.get_total_inflight() == 0
 
-    scenario(test, servers=3, hold_seconds=7)
+    scenario(test, servers=3, hold_seconds=7, placement=placement)
 
 
 @pytest.mark.parametrize("silent", [1, 3])
