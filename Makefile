@@ -46,8 +46,7 @@ freshness: .venv/dev
 # verl's routing compared with kvshare's under verl, and the simulated tables of docs/routing.md.
 routing: .venv/dev
 	$(BIN)/pytest -s tests/long/routing.py
-	$(BIN)/pytest -s -m slow tests/routing/test_router.py
-	$(BIN)/python benchmarks/routing.py --plot docs/routing.svg
+	$(BIN)/python benchmarks/routing.py
 
 # Faults on live engines, and a server that is killed and restarted under verl (docs/reliability.md).
 faults: .venv/dev

@@ -11,7 +11,7 @@
 # ADV_ESTIMATOR        grpo, or gae (PPO with a critic) (grpo)
 # N_DEVICES, N_NODES   devices a node, nodes            (2, 1)
 # LMCache_CONFIG_FILE  LMCache settings                 (config/mp_backend_config.yaml)
-# ROUTER               router YAML, null: verl's own    (config/router.yaml)
+# ROUTER               router YAML, null: verl's own    (config/router_spread.yaml)
 # KVSHARE_RUN_DIR      metrics, events and the report   (outputs/mp-<time>)
 # START_SERVICES=1     start what the second line above says, on this host, and end it with the run
 # DRY_RUN=1            print environment and command, start nothing
@@ -31,6 +31,6 @@ exec python3 -m kvshare launch --backend mp --device cpu -- \
   trainer.device=cpu "trainer.nnodes=${N_NODES:-1}" "trainer.n_gpus_per_node=${N_DEVICES:-2}" \
   "actor_rollout_ref.model.path=$model" "critic.model.path=$model" \
   "data.train_files=$data/train.parquet" "data.val_files=$data/test.parquet" \
-  "actor_rollout_ref.rollout.router_config_path=${ROUTER:-$here/config/router.yaml}" \
+  "actor_rollout_ref.rollout.router_config_path=${ROUTER:-$here/config/router_spread.yaml}" \
   "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='$kv_transfer_config'" \
   "$@"

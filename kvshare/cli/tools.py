@@ -116,6 +116,12 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "1024,4096",
     at_once: Annotated[str, typer.Option(help="Different prompts at the same time.")] = "1",
     n: Annotated[int, typer.Option("-n", min=0, help="Also GRPO's pattern, with this many samples of a prompt.")] = 0,
+    rollout: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead: batch:PROMPTS:N:TOKENS:MEDIAN:MOST or talks:COUNT:FIRST:MORE; may be repeated."),
+    ] = None,
+    devices: Annotated[str, typer.Option(help="With --rollout: CUDA devices for the engines of each pair.")] = "",
+    offload: Annotated[float, typer.Option(help="With --rollout: GiB for vLLM's own offloading.")] = 48,
     answer: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 16,
     repeat: Annotated[int, typer.Option(min=1, help="Turns of all cases.")] = 5,
     settle: Annotated[float, typer.Option(min=0, help="Seconds a prompt has to be stored, and one more a GB.")] = 1.0,
@@ -132,7 +138,9 @@ def bench(
     shapes = [(length, many) for length in _numbers("--tokens", tokens) for many in _numbers("--at-once", at_once)]
     asked = Asked(shapes, n, answer, repeat, settle)
     try:
-        if config:
+        if rollout and config:
+            result = benches.rollouts(config, rollout, repeat, list(filter(None, devices.split(","))), offload, logs)
+        elif config:
             result = benches.of_config(config, asked, logs)
         elif engine and len(engine) == 2:
             result = benches.of_urls(engine, plain, asked)
@@ -143,9 +151,9 @@ def bench(
         raise typer.Exit(1) from None
     if json_file:
         json_file.write_text(json.dumps(result, indent=1))
-    if plot:
+    if plot and "cases" in result:
         tables.plot(result, plot)
-    print(tables.markdown(result))
+    print(tables.rollouts(result["rollouts"]) if "rollouts" in result else tables.markdown(result))
 
 
 def _numbers(option: str, text: str) -> list[int]:

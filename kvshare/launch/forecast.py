@@ -1,9 +1,10 @@
 """Forecasts how many prompt tokens of a run can be shared, before it starts. Pure arithmetic, no I/O.
 
-With the router one replica computes each chunk that the requests of a step have in common. Every other replica that
-gets such a request loads the chunk once, and serves later requests from its own prefix cache. Placement by load spreads
-m requests over min(R, m) of R replicas, or nearly so (docs/routing.md). So the chunk is loaded min(R, m) - 1 times.
-With no more answers per prompt than replicas this is an upper bound.
+One replica computes each chunk that the requests of a step have in common. Every other replica that gets such a request
+loads the chunk once, and serves later requests from its own prefix cache. m requests go to min(R, m) of R replicas at
+most, so the chunk is loaded min(R, m) - 1 times. The router's placement "spread" does that, if there are more answers
+per prompt than replicas. The other placements move a request only where that pays (docs/routing.md), so for them, and
+with fewer answers, this is an upper bound.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median, quantiles
 from typing import Any
 
-from kvshare.routing.prefixes import chunk_digests
+from kvshare.routing.digests import chunk_digests
 
 Step = Sequence[list[int]]
 """The prompts of one training step, as token ids."""
@@ -35,6 +36,8 @@ class Recipe:
         token_bytes: bytes of KV per token, over all ranks of a replica.
         routed: whether kvshare's router is used. With verl's own router nothing is shared, because replicas compute the
             same prompt at the same time.
+        spread: whether the router sends the samples of a prompt to all replicas (``placement: spread``), not only where
+            that pays.
     """
 
     replicas: int
@@ -43,6 +46,7 @@ class Recipe:
     block_size: int
     token_bytes: int
     routed: bool = True
+    spread: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,9 @@ class Forecast:
 
     @property
     def _at_most(self) -> str:
-        """Marks an upper bound: with few answers per prompt some replicas may get none of them."""
-        return "at most " if self.share >= 0.0005 and self.recipe.samples <= self.recipe.replicas else ""
+        """Marks an upper bound: some replicas may get no answer of a prompt, or compute it themselves."""
+        exact = self.recipe.spread and self.recipe.samples > self.recipe.replicas
+        return "at most " if self.share >= 0.0005 and not exact else ""
 
     @property
     def verdict(self) -> str:

@@ -92,12 +92,16 @@ class Routing(Event):
     """The router's counters so far."""
 
     leaders: int = 0
+    stayed: int = 0
+    moved: int = 0
     held: int = 0
     gave_up: int = 0
-    moved: int = 0
     wait_seconds: float = 0.0
     longest_wait: float = 0.0
+    move_seconds: float = 0.0
+    saved_seconds: float = 0.0
     break_even_tokens: int | None = None
+    silent: tuple[int, ...] = ()  # replicas that the router hears nothing of
 
 
 class Step(Event):

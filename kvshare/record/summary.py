@@ -12,7 +12,10 @@ from kvshare.record.stored import Stored
 from kvshare.record.token_sources import Counts, with_hits
 from kvshare.record.verdict import of
 
-ROUTING = ("leaders", "held", "gave_up", "moved", "wait_seconds", "longest_wait", "break_even_tokens")
+ROUTING = (
+    *("leaders", "stayed", "moved", "held", "gave_up", "wait_seconds", "longest_wait"),
+    *("move_seconds", "saved_seconds", "break_even_tokens", "silent"),
+)
 
 
 def summarize(
@@ -194,8 +197,11 @@ def _routing(counts: dict[str, Any]) -> str:
     if not counts:
         return "verl's own"
     even = counts["break_even_tokens"]
-    return (
-        f"{counts['leaders']} led, {counts['held']} waited ({counts['longest_wait']:.2f} s at most), "
-        f"{counts['gave_up']} gave up, {counts['moved']} moved; "
-        + ("loading never pays here" if even is None else f"loading pays from {even} tokens")
-    )
+    parts = [
+        f"{counts['leaders']} led, {counts['stayed']} stayed with their prompt, {counts['moved']} moved for balance "
+        f"(cost {counts['move_seconds']:.1f} s, saved {counts['saved_seconds']:.1f} s, as expected)",
+        f"{counts['held']} waited ({counts['longest_wait']:.2f} s at most), {counts['gave_up']} gave up",
+        "loading never pays here" if even is None else f"loading pays from {even} tokens",
+        *(f"the router hears nothing of replica {rank}" for rank in counts["silent"]),
+    ]
+    return "; ".join(parts)

@@ -1,25 +1,13 @@
-"""Splits prompts into prefixes of whole chunks, and tracks when other replicas can find a prefix."""
+"""Tracks when other replicas can find a prefix."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from array import array
 from dataclasses import dataclass
 
 from cachetools import LRUCache
 
 Key = tuple[str, str]  # policy, digest of a prefix
-
-
-def chunk_digests(prompt_ids: list[int], chunk_size: int) -> list[str]:
-    """One digest per whole chunk of a prompt. Each digest covers all tokens from the start to the end of its chunk."""
-    whole = array("q", prompt_ids[: len(prompt_ids) // chunk_size * chunk_size])
-    digest, digests = hashlib.blake2b(digest_size=16), []
-    for start in range(0, len(whole), chunk_size):
-        digest.update(whole[start : start + chunk_size].tobytes())
-        digests.append(digest.hexdigest())
-    return digests
 
 
 @dataclass

@@ -29,6 +29,7 @@ def server():
     made.node_rank = made.replica_rank = 0
     made._policy, made._stamps, made._warned = ReplicaPolicy(made.run), {}, False
     made._prefixes, made._rates, made._policy_changed = StoredPrefixes(), Rates(), asyncio.Event()
+    made._placeholders = []
     return made
 
 

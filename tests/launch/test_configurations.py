@@ -184,6 +184,12 @@ ERRORS = [
     (Given(router="OURS\nhold_second: 3"), "kvshare's router knows no key hold_second (did you mean hold_seconds?)"),
     (Given(router="OURS\nfull_determinism: 'no'"), "full_determinism is 'no', must be true or false"),
     (Given(router="OURS\nchunk_size: 0"), "chunk_size is 0, must be an integer above 0"),
+    (Given(router="OURS\nplacement: spred"), "placement is 'spred', must be one of cost, spread"),
+    (Given(router="OURS\nmax_imbalance: 8"), "kvshare's router knows no key max_imbalance"),
+    (
+        Given(router="router_class: kvshare.routing.affinity.Router\nmax_imbalance: 0"),
+        "max_imbalance is 0, must be an integer above 0",
+    ),
     # peer to peer
     (env("p2p", LOCAL_CPU="false"), "with local_cpu: false LMCache keeps nothing that other replicas could read"),
     (env("p2p", RETRIEVE_LOCATIONS="LocalCPUBackend"), "leaves P2PBackend out"),

@@ -1,4 +1,4 @@
-"""Routing under verl (`make routing`, about 15 minutes): verl's own router against kvshare's, n = 4 and 8."""
+"""Routing under verl (`make routing`, about 15 minutes): verl's own router against `placement: spread`, n = 4 and 8."""
 
 import json
 
@@ -9,7 +9,7 @@ from rich.table import Table
 from kvshare.tools.demo import Demo, failures
 
 STEPS = 3
-ARMS = {  # router and samples a prompt
+ARMS = {  # router (None: the launcher's, spread) and samples a prompt
     "verl, n = 4": ("null", 4),
     "kvshare, n = 4": (None, 4),
     "kvshare, n = 8": (None, 8),

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from kvshare.routing.cost_model import ENOUGH, Pace, Rates, break_even
+from kvshare.routing.cost_model import ENOUGH, UNKNOWN, Rates, break_even, cost, expected
 
 
 def seen(prefill, load, delay=0.02, times=ENOUGH):
@@ -10,7 +10,7 @@ def seen(prefill, load, delay=0.02, times=ENOUGH):
     for waited in range(1, times + 1):  # for others, all but the first
         rates.prefilled(1000, waited * 1e6, waited * (1e6 + 1000 / prefill))
         rates.loaded(1000, waited * 1000 / load)
-        rates.stored(waited * delay)
+        rates.stored(delay)
     return rates.pace()
 
 
@@ -26,7 +26,7 @@ def test_slower_than_recomputing_never_pays():
 def test_everything_is_tried_until_the_rates_are_known():
     assert break_even(Rates().pace()) == 0
     assert break_even(seen(prefill=50_000, load=35_000, times=ENOUGH - 1)) == 0
-    assert break_even(Pace(prefill=1e4, load=None, delay=0.1, decode=None, response=None)) == 0
+    assert break_even(UNKNOWN | {"prefill": 1e4, "delay": 0.1}) == 0
 
 
 def test_prompts_that_are_computed_together_are_the_engines_rate_together():
@@ -40,3 +40,25 @@ def test_a_prompt_counts_for_the_part_that_was_computed_meanwhile():
     rates = Rates()
     rates.prefilled(1000, 0.0, 1.0)
     assert rates.prefilled(100, 0.9, 1.1) == pytest.approx((100 + 100) / 0.2)
+
+
+@pytest.mark.parametrize("requests", [[1, 4, 8, 16], [8] * 4])
+def test_steps_get_longer_with_the_kv_that_they_read(requests):
+    """Also if there was always as much of it: then the assumed proportion divides a step's time."""
+    rates, now = Rates(), 0.0
+    for running in requests:
+        step = 0.01 + 2e-8 * running * 1000
+        began = [rates.decoding(1000, now) for _ in range(running)]
+        now += 100 * step
+        for begun in began:
+            rates.answered(101, 100 * step, rates.decoding(-1000, now) - begun)
+    assert (rates.pace()["step"], rates.pace()["context"]) == (pytest.approx(0.01, 0.02), pytest.approx(2e-8, 0.02))
+
+
+def test_cost_counts_what_others_lose():
+    rate = expected(UNKNOWN | {"prefill": 1e4, "load": 1e5, "step": 0.01, "context": 1e-6, "response": 100, "stall": 0})
+    alone = cost(rate, 0, 0, 0, wait=0, compute=1000, load=0, prompt=1000)
+    assert (alone.prompt, alone.stall, alone.answer) == pytest.approx((0.1, 0.1, 100 * 0.011))
+    busy = cost(rate, 10, 10_000, 0, wait=0, compute=1000, load=0, prompt=1000)
+    assert (busy.stall, busy.answer) == pytest.approx((1.0, 100 * (0.01 + 0.011 + 5 * 0.001)))
+    assert cost(rate, 10, 10_000, 0, wait=0, compute=0, load=1000, prompt=1000).stall == 0  # in the background

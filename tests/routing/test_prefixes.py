@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
+from kvshare.routing.prefixes import Prefill, StoredPrefixes
 
 KEY = ("policy", "prefix")
 
@@ -47,18 +47,6 @@ def test_who_waits_is_told(calls, found):
 
 def test_another_policy_is_another_prefix():
     assert outcome(*STORED, key=("next policy", "prefix")) == (False, False)
-
-
-def test_one_digest_a_whole_chunk():
-    assert chunk_digests([1] * 255, 256) == []
-    assert chunk_digests([1] * 256, 256) == chunk_digests([1] * 256 + [2] * 255, 256)
-    assert chunk_digests([1] * 256, 256) != chunk_digests([2] + [1] * 255, 256)
-
-
-def test_prompts_share_the_digests_of_what_they_share():
-    one, other = chunk_digests([1] * 512 + [2] * 256, 256), chunk_digests([1] * 512 + [3] * 256, 256)
-    assert one[:2] == other[:2]
-    assert one[2] != other[2]
 
 
 def test_lost_events_leave_nothing_behind():

@@ -12,6 +12,7 @@ from kvshare.core.errors import UserError
 from kvshare.tools.bench import endpoint, engines, grpo, run, tables
 from kvshare.tools.bench.asked import Asked
 from kvshare.tools.bench.engines import Engines
+from kvshare.tools.bench.rollouts import Rollout, measure
 
 
 def row(first, shared=0, **more):
@@ -140,7 +141,7 @@ def test_two_samples_of_a_prompt_compute_it_once(engines, settled):
         async with endpoint.endpoints(urls) as found:
             for one in found:
                 await one.connect()
-            return await grpo.patterns(found, Engines(urls, None, list(map(Events, engines)), CHUNK), asked)
+            return await grpo.patterns(found, Engines(urls, [], list(map(Events, engines)), CHUNK), asked)
 
     samples = {row["routing"]: row["samples"] for row in asyncio.run(measure())}
     assert {name: [sample["prompt"] for sample in found] for name, found in samples.items()} == {
@@ -149,3 +150,32 @@ def test_two_samples_of_a_prompt_compute_it_once(engines, settled):
         "kvshare": [2050],
     }
     assert [samples[name][0]["computed"] for name in ("affinity", "kvshare")] == [1026, 1026]
+
+
+@pytest.mark.parametrize("text", ["batch:1:2", "talks:1:2:x", "other:1:2:3", "batch:0:1:1:1:1"])
+def test_bad_rollout(text):
+    with pytest.raises(UserError, match="batch:PROMPTS"):
+        Rollout.parse(text)
+
+
+def test_table_of_rollouts():
+    sample = {"makespan": 7.0, "first_p50": 0.3, "first_p95": 0.6, "computed": 100, "prompt": 200, "moved": 3}
+    row = {"rollout": "talks:40:4096:2048", "variant": "kvshare", "samples": [sample, sample | {"makespan": 8.0}]}
+    assert (
+        tables.rollouts([row])
+        .splitlines()[-1]
+        .startswith(
+            "| talks:40:4096:2048 | kvshare | 7.50 (7.00–8.00) | 0.30 (0.30–0.30) | 0.60 (0.60–0.60) | 50% | 3 |"
+        )
+    )
+
+
+def test_rollouts_on_two_engines(engines):
+    """Each variant is sent the same rollout, and computes each prompt once or twice."""
+    pair = Engines([engine.url for engine in engines], [], None, 256)
+    rollouts = [Rollout.parse("batch:2:2:600:8:16"), Rollout.parse("talks:1:300:100")]
+    rows = asyncio.run(measure(pair, rollouts, repeat=1))
+    assert [row["variant"] for row in rows] == ["connector, verl", "kvshare"] * 2
+    for row in rows[:2]:
+        assert row["samples"][0]["prompt"] == 4 * 601
+        assert 2 * 601 <= row["samples"][0]["computed"] + row["samples"][0]["shared"] <= 4 * 601

@@ -22,7 +22,7 @@ from kvshare.hooks.lmcache.ranks import rank_in_replica
 from kvshare.hooks.patch import optional, wrap
 from kvshare.hooks.vllm.weights import weights
 from kvshare.record import worker_events
-from kvshare.routing.prefixes import chunk_digests
+from kvshare.routing.digests import chunk_digests
 
 logger = logging.getLogger(__name__)
 often = LimitedLogger(logger)  # for what each entry or request may repeat

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import ray
+from verl.workers.rollout.utils import get_vision_placeholder_token_ids
 from verl.workers.rollout.vllm_rollout import vllm_async_server
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.v1.engine import async_llm, core_client
@@ -29,7 +30,8 @@ from kvshare.hooks.verl.trajectory import Stamp
 from kvshare.record import worker_events
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.routing.cost_model import Pace, Rates
-from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
+from kvshare.routing.digests import before_images, chunk_digests
+from kvshare.routing.prefixes import Prefill, StoredPrefixes
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class KVShareServer(vLLMHttpServer):
         os.environ[worker_events.ADDRESS] = self._events.address  # the engine's processes inherit it
         super().__init__(replica_rank=replica_rank, node_rank=node_rank, gpus_per_node=gpus_per_node, **kwargs)
         self._chunk_size = self._configure_lmcache()
+        self._placeholders = get_vision_placeholder_token_ids(self.model_config.processor)
 
     def _configure_lmcache(self) -> int:
         """Set this replica's P2P identity in the environment. Returns LMCache's chunk size in tokens."""
@@ -87,6 +90,7 @@ class KVShareServer(vLLMHttpServer):
 
     async def run_server(self, args: argparse.Namespace) -> None:
         await super().run_server(args)
+        self._rates.stall = self._stall()
         self._watching = asyncio.create_task(self._watch_engine())
         self.engine.generate = self._recorded(self.engine.generate)  # type: ignore[method-assign, assignment]
         core = self.engine.engine_core
@@ -115,6 +119,11 @@ class KVShareServer(vLLMHttpServer):
         manager = self.engine.engine_core.resources.engine_manager
         ended: dict[str, int] = getattr(manager, "finished_procs", dict)()  # absent where Ray manages vLLM's processes
         watch.report_engine(f"vLLM's engine of replica {self.replica_rank}", ended)
+
+    def _stall(self) -> float:
+        """1 if the engine does nothing else while its connector loads, 0 if it loads in the background."""
+        transfer = self.engine.vllm_config.kv_transfer_config
+        return 0.0 if transfer is None or transfer.kv_connector == "LMCacheMPConnector" else 1.0
 
     async def _check_ready(self) -> None:
         try:
@@ -169,6 +178,10 @@ class KVShareServer(vLLMHttpServer):
             await self._policy_changed.wait()
         return self._policy.known, self._rates.pace()
 
+    async def image_placeholders(self) -> list[int]:
+        """For the router: token ids that stand for an image or a video in a prompt."""
+        return self._placeholders
+
     def _warn_if_updating(self) -> None:
         if self._policy.known is None and not self._warned:
             self._warned = True
@@ -203,7 +216,7 @@ class KVShareServer(vLLMHttpServer):
         """Wrap ``AsyncLLM.generate`` to record each request, including those of the server's HTTP API."""
 
         async def recorded(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
-            output, asked, answered, prefill = None, time.monotonic(), 0.0, None
+            output, asked, answered, read, prefill = None, time.monotonic(), 0.0, 0.0, None
             self._stamps[request_id] = Stamp("")
             self._loads.started(request_id)
             try:
@@ -213,6 +226,7 @@ class KVShareServer(vLLMHttpServer):
                     if not answered:
                         answered = time.monotonic()
                         prefill = self._first_token(request_id, output, asked, answered)
+                        read = self._rates.decoding(len(output.prompt_token_ids or ()), answered)
                     yield output
             finally:
                 self._prefixes.ended(request_id)
@@ -223,14 +237,16 @@ class KVShareServer(vLLMHttpServer):
                     prompt_tokens = len(output.prompt_token_ids or ())
                     cached = output.num_cached_tokens or 0
                     tokens = sum(len(o.token_ids) for o in output.outputs)
-                    self._rates.answered(tokens, time.monotonic() - answered)
+                    ended = time.monotonic()
+                    read = self._rates.decoding(-prompt_tokens, ended) - read
+                    self._rates.answered(tokens, ended - answered, read)
                     fields = {"prompt": prompt_tokens, "cached": cached, "prefill": prefill, "generated": tokens}
                     self._event_log.write("request", policy=stamp.policy, versions=stamp.versions, **fields)
 
         return recorded
 
     def _prefill(self, stamp: str, ids: list[int]) -> Prefill:
-        chunks = chunk_digests(ids, self._chunk_size)
+        chunks = chunk_digests(before_images(ids, self._placeholders), self._chunk_size)
         return Prefill(stamp, chunks[-1] if chunks else "", len(chunks) * self._chunk_size)
 
     def _first_token(self, request_id: str, output: Any, asked: float, answered: float) -> float:

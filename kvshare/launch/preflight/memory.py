@@ -14,6 +14,7 @@ from kvshare.launch.forecast import Recipe, kv_bytes
 from kvshare.launch.forecast import forecast as predict
 from kvshare.launch.preflight import prompts
 from kvshare.launch.preflight.engine import block_size, kv_dtype
+from kvshare.launch.preflight.recipe import router_settings
 
 FEW = 0.01
 """A smaller fraction of shareable prompt tokens gives a warning."""
@@ -28,13 +29,15 @@ def forecast(job: Job) -> Iterator[str]:
 
 
 def recipe(job: Job) -> Recipe:
+    router = router_settings(job)
     return Recipe(
         replicas=job.replicas,
         samples=job.rollout.n,
         chunk_size=job.lmcache.chunk_size,
         block_size=block_size(job),
         token_bytes=kv_bytes(job.model.hf_config.get_text_config().to_dict(), kv_dtype(job).itemsize),
-        routed=job.shares and bool(job.rollout.router_config_path),
+        routed=job.shares and bool(router),
+        spread=router.get("placement") == "spread",
     )
 
 

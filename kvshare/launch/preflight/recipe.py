@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvshare.core.errors import UserError
 from kvshare.core.job import Job, one_line, verl_config
 from kvshare.core.lmcache_settings import near
 from kvshare.launch.hydra_overrides import quote
@@ -146,47 +147,69 @@ def router(job: Job) -> Iterator[str]:
     """Load the router as verl will, and check the settings of kvshare's own."""
     path = job.rollout.router_config_path
     job.facts["router"] = str(path or "verl's own")
-    if not path:
+    settings = router_settings(job)
+    if not settings:
         return
-    from omegaconf import OmegaConf
-    from verl.utils.import_utils import load_class_from_fqn, resolve_config_path
+    from verl.utils.import_utils import load_class_from_fqn
 
-    try:
-        path = resolve_config_path(str(path))
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        yield f"router config {path} does not exist: set ROUTER to one that does, or to null for verl's own routing"
-        return
-    except Exception as error:
-        yield f"router config {path} is not YAML ({one_line(error)}): correct it, or start from config/router.yaml"
-        return
-    if not isinstance(settings, dict) or not isinstance(settings.get("router_class"), str):
-        yield f"router config {path} has no router_class, which verl needs: start from config/router.yaml"
-        return
     try:
         found = load_class_from_fqn(settings["router_class"], "router_class")
     except Exception as error:
         yield f"{path}: router_class {settings['router_class']} cannot be loaded ({one_line(error)}): correct it"
         return
     if getattr(found, "__module__", "").startswith("kvshare."):
-        yield from (f"{path}: {line}" for line in router_mistakes(settings))
+        yield from (f"{path}: {line}" for line in router_mistakes(settings, found.__module__))
     if job.rollout.full_determinism and not settings.get("full_determinism"):
         yield f"rollout.full_determinism needs full_determinism: true in the router config too: set it in {path}"
 
 
-def router_mistakes(settings: dict[Any, Any]) -> Iterator[str]:
-    """One line for each setting of kvshare's router that it does not know or cannot use."""
-    known = ("router_class", "hold_seconds", "full_determinism", "chunk_size")
+def router_settings(job: Job) -> dict[Any, Any]:
+    """The router's YAML, as verl reads it; nothing for verl's own router.
+
+    Raises:
+        UserError: verl cannot use the file.
+    """
+    path = job.rollout.router_config_path
+    if not path:
+        return {}
+    from omegaconf import OmegaConf
+    from verl.utils.import_utils import resolve_config_path
+
+    try:
+        path = resolve_config_path(str(path))
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(
+            f"router config {path} does not exist: set ROUTER to one that does, or to null for verl's own routing"
+        ) from None
+    except Exception as error:
+        raise UserError(
+            f"router config {path} is not YAML ({one_line(error)}): correct it, or start from config/router.yaml"
+        ) from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("router_class"), str):
+        raise UserError(f"router config {path} has no router_class, which verl needs: start from config/router.yaml")
+    return settings
+
+
+PLACEMENTS = ("cost", "spread")
+
+
+def router_mistakes(settings: dict[Any, Any], module: str) -> Iterator[str]:
+    """One line for each setting of a router of kvshare's that it does not know or cannot use."""
+    own = ("max_imbalance",) if module.endswith(".affinity") else ("placement", "hold_seconds", "chunk_size")
+    known = ("router_class", "full_determinism", *own)
     for key, value in settings.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key not in known:
             yield f"kvshare's router knows no key {key}{near(str(key), known)}: remove or correct it"
         elif key == "hold_seconds" and not (number and 0 <= value < math.inf):
             yield f"hold_seconds is {value!r}, must be a number of seconds, 0 or more: correct it"
+        elif key == "placement" and value not in PLACEMENTS:
+            yield f"placement is {value!r}, must be one of {', '.join(PLACEMENTS)}: correct it"
         elif key == "full_determinism" and not isinstance(value, bool):
             yield f"full_determinism is {value!r}, must be true or false: correct it"
-        elif key == "chunk_size" and value is not None and not (number and value == int(value) > 0):
-            yield f"chunk_size is {value!r}, must be an integer above 0: correct it"
+        elif key in ("chunk_size", "max_imbalance") and value is not None and not (number and value == int(value) > 0):
+            yield f"{key} is {value!r}, must be an integer above 0: correct it"
 
 
 def estimator(job: Job) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Starts the processes of a bench config: a backend's service, two engines that share KV, and one without connector."""
+"""Starts the processes of a bench config: a backend's service, engines that share KV, and others to compare with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ KEYS = {"backend": str, "arguments": list, "engine": str, "connector": dict, "en
 @dataclass
 class Engines:
     urls: list[str]  # the two that share
-    plain: str | None  # the one without connector
+    plain: list[str]  # without connector: one, or two for rollouts
     events: list[worker_events.Receiver] | None  # of the two that share; None if they send no events
     chunk_size: int  # tokens per chunk
+    stall: float = 1.0  # 0 if they load in the background (Rates.stall)
+    offload: list[str] = field(default_factory=list)  # two with vLLM's own offloading, for rollouts
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -62,15 +64,32 @@ def read(path: Path) -> dict[str, Any]:
     return config
 
 
+PAIRS = ("shared", "shared", "plain", "plain", "offload", "offload")
+"""The engines of a rollout: an even one on the first device, an odd one on the second."""
+
+
 @contextmanager
-def started(config: dict[str, Any], logs: Path) -> Iterator[Engines]:
-    """Start everything that the config lists, and end it with the context.
+def started(
+    config: dict[str, Any],
+    logs: Path,
+    kinds: Sequence[str] = ("shared", "shared", "plain"),
+    devices: Sequence[str] = (),
+    offload: float = 0,
+) -> Iterator[Engines]:
+    """Start the backend's service and the engines, and end them with the context.
+
+    Args:
+        config: of ``read()``.
+        logs: folder for their logs.
+        kinds: of the engines: "shared" (two), "plain", "offload".
+        devices: CUDA devices, given to the engines in turn; none: they see all.
+        offload: GiB of host memory for vLLM's own offloading.
 
     Raises:
         NotStarted: a process ended, or was not healthy in time.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    backend, receivers = BACKENDS[config["backend"]], [worker_events.Receiver(), worker_events.Receiver()]
+    backend, receivers = BACKENDS[config["backend"]], list[worker_events.Receiver]()
     environment = {"PYTHONHASHSEED": "0", **{name: str(value) for name, value in config["environment"].items()}}
     with Processes(("KVSHARE_BENCH", uuid4().hex)) as processes:
         command, exports = place(backend, "127.0.0.1", logs)
@@ -79,25 +98,28 @@ def started(config: dict[str, Any], logs: Path) -> Iterator[Engines]:
         health.wait_healthy(backend.service, service, lambda: backend.check(exports), log)
         environment |= exports
         settings = _lmcache(environment)
-        connector = ["--kv-transfer-config", json.dumps(config["connector"])]
         running = []
-        for rank, receiver in enumerate([*receivers, None]):
-            own, more = dict(environment), []
-            if receiver:
-                own[worker_events.ADDRESS], more = receiver.address, connector
-                own |= (
-                    p2p_replica.identity(settings, rank, 1, "127.0.0.1", ports.free_port)
-                    if settings["enable_p2p"]
-                    else {}
-                )
-            name = f"engine-{rank}" if receiver else "plain"
+        for number, kind in enumerate(kinds):
+            own, more = dict(environment), list[str]()
+            if devices:
+                own["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+            if kind == "shared":
+                receivers.append(worker_events.Receiver())
+                own[worker_events.ADDRESS] = receivers[-1].address
+                more = ["--kv-transfer-config", json.dumps(config["connector"])]
+                if settings["enable_p2p"]:
+                    own |= p2p_replica.identity(settings, number, 1, "127.0.0.1", ports.free_port)
+            elif kind == "offload":
+                more = ["--kv-offloading-size", str(offload), "--kv-offloading-backend", "native"]
             url = f"http://127.0.0.1:{(port := ports.free_port())}"
+            log = logs / f"engine-{number}-{kind}.log"
             command = [*_ours(config["engine"]), "--host", "127.0.0.1", "--port", str(port), *more]
-            running.append((name, processes.start(command, logs / f"{name}.log", own), url))
-        for name, child, url in running:
-            health.wait_healthy(name, child, partial(_check, url), logs / f"{name}.log", ENGINE_SECONDS)
-        *urls, plain = [url for _, _, url in running]
-        yield Engines(urls, plain, receivers, settings["chunk_size"])
+            running.append((kind, processes.start(command, log, own), url, log))
+        for kind, child, url, log in running:
+            health.wait_healthy(f"the {kind} engine", child, partial(_check, url), log, ENGINE_SECONDS)
+        by_kind = {kind: [url for other, _, url, _ in running if other == kind] for kind in PAIRS}
+        stall = 0.0 if config["backend"] == "mp" else 1.0
+        yield Engines(by_kind["shared"], by_kind["plain"], receivers, settings["chunk_size"], stall, by_kind["offload"])
 
 
 ENGINE_SECONDS = 600  # time to load a model, compile it and capture graphs

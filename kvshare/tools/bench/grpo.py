@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -14,8 +14,10 @@ from uuid import uuid4
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.record import worker_events
+from kvshare.routing.affinity import AffinityRouter
 from kvshare.routing.cost_model import Pace, Rates
-from kvshare.routing.prefixes import Prefill, StoredPrefixes, chunk_digests
+from kvshare.routing.digests import chunk_digests
+from kvshare.routing.prefixes import Prefill, StoredPrefixes
 from kvshare.routing.router import PrefillOnceRouter
 from kvshare.tools.bench.asked import Asked
 from kvshare.tools.bench.endpoint import POLICY, Answer, Endpoint, Prompt, sample, unseen
@@ -23,12 +25,27 @@ from kvshare.tools.bench.engines import Engines
 
 
 class Replica:
-    """An endpoint as a rollout server the router can ask (``KVShareServer``)."""
+    """An endpoint as a rollout server the router can ask (``KVShareServer``).
 
-    def __init__(self, endpoint: Endpoint, chunk_size: int, receiver: worker_events.Receiver | None) -> None:
+    Args:
+        endpoint: the vLLM server.
+        chunk_size: tokens.
+        receiver: events of its engine, if it sends any.
+        stall: 0 if it loads in the background, as with ``mp``; else 1.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, chunk_size: int, receiver: worker_events.Receiver | None, stall: float = 1.0
+    ) -> None:
         self.endpoint = endpoint
         self._chunk_size, self._receiver = chunk_size, receiver
         self._prefixes, self._rates = StoredPrefixes(), Rates()
+        self._rates.stall = stall
+        self._computed: set[str] = set()  # digests
+        self._cached: dict[str, int] = {}  # tokens, by running request
+
+    async def image_placeholders(self) -> list[int]:
+        return []
 
     async def wait_policy_change(self, known: str | None) -> tuple[str, Pace]:
         if known == POLICY:
@@ -41,13 +58,24 @@ class Replica:
     async def ask(self, request: str, prompt: Prompt, answer: int) -> Answer:
         chunks = chunk_digests(prompt, self._chunk_size)
         self._prefixes.started(request, Prefill(POLICY, chunks[-1] if chunks else "", len(chunks) * self._chunk_size))
+        self._cached[request] = self._chunk_size * sum(chunk in self._computed for chunk in chunks)
+        self._computed |= set(chunks)
+        asked, heard = time.monotonic(), list[tuple[float, float]]()
+
+        def first_token() -> None:
+            now = time.monotonic()
+            self._prefixes.first_token(request, 0 if self._receiver else sys.maxsize)
+            self._rates.prefilled(max(0, len(prompt) - self._cached[request]), asked, now)
+            heard.append((now, self._rates.decoding(len(prompt), now)))
+
         try:
-            return await self.endpoint.ask(prompt, answer, request, lambda: self._heard(request))
+            return await self.endpoint.ask(prompt, answer, request, first_token)
         finally:
             self._prefixes.ended(request)
-
-    def _heard(self, request: str) -> None:
-        self._prefixes.first_token(request, 0 if self._receiver else sys.maxsize)
+            del self._cached[request]
+            for first, read in heard:
+                now = time.monotonic()
+                self._rates.answered(answer, now - first, self._rates.decoding(-len(prompt), now) - read)
 
     async def follow(self) -> None:
         """What the engine stores; without its events a prefix counts as stored at the first token."""
@@ -61,6 +89,8 @@ class Replica:
                 self._prefixes.stored(request, event["end"])
             elif event["op"] == "load" and event["tokens"]:
                 self._rates.loaded(sum(event["tokens"]), event["seconds"])
+                if request in self._cached:
+                    self._cached[request] += sum(event["tokens"])
 
 
 class _Handle:
@@ -73,24 +103,41 @@ class _Handle:
         return SimpleNamespace(remote=getattr(self._replica, name))
 
 
-class Affinity(GlobalRequestLoadBalancer):
-    """All samples of a prompt to one replica; here there is one prompt."""
-
-    def acquire_server(self, request_id: str) -> tuple[str, Any]:
-        name = next(iter(self._servers))
-        self._inflight_requests[name] += 1
-        return name, self._servers[name]
-
-
 ROUTERS = {
     "verl": lambda handles, chunk: GlobalRequestLoadBalancer(handles),
-    "affinity": lambda handles, chunk: Affinity(handles),
+    "affinity": lambda handles, chunk: AffinityRouter(handles),
     "kvshare": lambda handles, chunk: PrefillOnceRouter(handles, {"chunk_size": chunk}),
 }
 
 
+@contextmanager
+def router(name: str, replicas: list[Replica], chunk_size: int) -> Iterator[Any]:
+    """A router of replicas, which ends with the context what it has started."""
+    handles = {replica.endpoint.url: _Handle(replica) for replica in replicas}
+    made = ROUTERS[name](handles, chunk_size)
+    try:
+        yield made
+    finally:
+        made.remove_servers(list(handles))
+
+
+async def ask(router: Any, replicas: list[Replica], request: str, prompt: Prompt, tokens: int) -> Answer:
+    """Send a request where a router places it. Times in the answer include the time that the router holds it."""
+    began = time.perf_counter()
+    fields = {"prompt_ids": prompt} if "prompt_ids" in router.require_acquire_fields() else {}
+    placed = router.acquire_server(request, **fields)
+    name, _ = await placed if asyncio.iscoroutine(placed) else placed
+    held = time.perf_counter() - began
+    (replica,) = (replica for replica in replicas if replica.endpoint.url == name)
+    try:
+        got = await replica.ask(uuid4().hex, prompt, tokens)
+    finally:
+        router.release_server(name, request)
+    return Answer(held + got.first, held + got.end, got.logprob)
+
+
 @asynccontextmanager
-async def _following(replicas: list[Replica]) -> AsyncIterator[None]:
+async def following(replicas: list[Replica]) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(replica.follow()) for replica in replicas]
     try:
         yield
@@ -103,36 +150,18 @@ async def patterns(found: list[Endpoint], engines: Engines, asked: Asked) -> lis
     """Rows of one routing and prompt length each; ``computed`` over ``tokens`` is the prefill amplification."""
     rows: dict[tuple[str, int], Any] = {}
     receivers = engines.events or (None, None)
-    replicas = [Replica(e, engines.chunk_size, r) for e, r in zip(found, receivers, strict=True)]
+    replicas = [Replica(e, engines.chunk_size, r, engines.stall) for e, r in zip(found, receivers, strict=True)]
     lengths = list(dict.fromkeys(tokens for tokens, _ in asked.shapes))
-    async with _following(replicas):
+    async with following(replicas):
         for tokens in lengths * (1 + asked.repeat):  # the first round warms up
-            for name, router in ROUTERS.items():
-                balancer = router({replica.endpoint.url: _Handle(replica) for replica in replicas}, engines.chunk_size)
-                got = await sample(found, _together(balancer, replicas, tokens, asked))
-                balancer.remove_servers([replica.endpoint.url for replica in replicas])  # ends what it follows
+            for name in ROUTERS:
+                (prompt,) = unseen(1, tokens)
+                with router(name, replicas, engines.chunk_size) as placing:
+                    samples = (ask(placing, replicas, uuid4().hex, prompt, asked.answer) for _ in range(asked.n))
+                    got = await sample(found, asyncio.gather(*samples))
                 row = {"routing": name, "tokens": tokens, "n": asked.n, "answer": asked.answer, "samples": []}
                 rows.setdefault((name, tokens), row)["samples"].append(got.numbers())
                 await asyncio.sleep(asked.settle)
     for row in rows.values():
         del row["samples"][0]
     return list(rows.values())
-
-
-async def _together(balancer: Any, replicas: list[Replica], tokens: int, asked: Asked) -> list[Answer]:
-    (prompt,) = unseen(1, tokens)
-    by_url = {replica.endpoint.url: replica for replica in replicas}
-
-    async def one() -> Answer:
-        request, began = uuid4().hex, time.perf_counter()
-        fields = {"prompt_ids": prompt} if "prompt_ids" in balancer.require_acquire_fields() else {}
-        placed = balancer.acquire_server(request, **fields)
-        name, _ = await placed if asyncio.iscoroutine(placed) else placed
-        held = time.perf_counter() - began
-        try:
-            got = await by_url[name].ask(request, prompt, asked.answer)
-        finally:
-            balancer.release_server(name, request)
-        return Answer(held + got.first, held + got.end, got.logprob)
-
-    return await asyncio.gather(*(one() for _ in range(asked.n)))

@@ -48,12 +48,30 @@ def of_urls(urls: list[str], plain: str | None, asked: Asked) -> dict[str, Any]:
     Raises:
         UserError: one of them does not answer.
     """
-    return asyncio.run(_run(Engines(urls, plain, None, CHUNK_SIZE), asked, copy_limit.measure(), wide=False))
+    return asyncio.run(
+        _run(Engines(urls, [plain] if plain else [], None, CHUNK_SIZE), asked, copy_limit.measure(), wide=False)
+    )
+
+
+def rollouts(
+    path: Path, asked: list[str], repeat: int, devices: list[str], offload: float, logs: Path
+) -> dict[str, Any]:
+    """Start pairs of engines that a bench config describes, run rollouts on each pair in turns, and end them.
+
+    Raises:
+        UserError: the config, or a rollout, is not one.
+        services.NotStarted: something did not start.
+    """
+    from kvshare.tools.bench.rollouts import Rollout, measure  # verl need not be there where only vLLM is
+
+    parsed = [Rollout.parse(text) for text in asked]
+    with engines.started(engines.read(path), logs, engines.PAIRS, devices, offload) as started:
+        return _facts() | {"rollouts": asyncio.run(measure(started, parsed, repeat))}
 
 
 async def _run(engines: Engines, asked: Asked, copy: tuple[str, float], wide: bool) -> dict[str, Any]:
     """Args: ``wide``: KV has 32 bits, not 16."""
-    async with _lost_is_an_error(), endpoints([*engines.urls, *filter(None, [engines.plain])]) as found:
+    async with _lost_is_an_error(), endpoints([*engines.urls, *engines.plain]) as found:
         models = [await endpoint.connect() for endpoint in found]
         a_token = _kv_bytes(models[0].get("root") or "", wide)
         cases = await _cases(found, asked, lambda tokens: asked.settle + tokens * (a_token or 0) / 1e9)
@@ -62,14 +80,14 @@ async def _run(engines: Engines, asked: Asked, copy: tuple[str, float], wide: bo
             from kvshare.tools.bench import grpo  # verl's router need not be there where only vLLM is
 
             patterns = await grpo.patterns(found[:2], engines, asked)
+    return _facts() | {"copy": copy, "kv_bytes_a_token": a_token, "cases": cases, "patterns": patterns}
+
+
+def _facts() -> dict[str, Any]:
     return {
         "machine": copy_limit.machine(),
         "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
         "command": ["kvshare", *sys.argv[1:]],
-        "copy": copy,
-        "kv_bytes_a_token": a_token,
-        "cases": cases,
-        "patterns": patterns,
     }
 
 

@@ -20,6 +20,18 @@ def markdown(result: Row) -> str:
     return "\n\n".join(parts)
 
 
+def rollouts(rows: list[Row]) -> str:
+    """Seconds, median and range; tokens of the median round."""
+    head = ["rollout", "variant", "makespan, s", "first token, p50, s", "p95, s", "computed", "moved"]
+    lines = []
+    for row in rows:
+        times = [_range(row, name, 1, 2) for name in ("makespan", "first_p50", "first_p95")]
+        moved = [sample.get("moved", 0) for sample in row["samples"]]
+        computed = f"{_median(row, 'computed') / _median(row, 'prompt'):.0%}"
+        lines.append([row["rollout"], row["variant"], *times, computed, f"{statistics.median(moved):.0f}"])
+    return _table(head, lines)
+
+
 def _cases(result: Row) -> str:
     """Times to the (last) first token in ms, median and range; hits against recomputing and against the copy alone."""
     head = ["prompt tokens", "at once", *CASES.values(), "tokens found", "MB loaded", "copy alone", "times faster"]
@@ -72,12 +84,12 @@ def _median(row: Row, name: str) -> float:
     return statistics.median(sample[name] for sample in row["samples"])
 
 
-def _range(row: Row | None, name: str = "first") -> str:
-    """Median, lowest and highest in ms."""
+def _range(row: Row | None, name: str = "first", scale: float = 1e3, digits: int = 1) -> str:
+    """Median, lowest and highest; in ms, if the samples are in seconds."""
     if row is None:
         return ""
-    seen = [sample[name] * 1e3 for sample in row["samples"]]
-    return f"{statistics.median(seen):.1f} ({min(seen):.1f}–{max(seen):.1f})"
+    seen = [sample[name] * scale for sample in row["samples"]]
+    return f"{statistics.median(seen):.{digits}f} ({min(seen):.{digits}f}–{max(seen):.{digits}f})"
 
 
 def plot(result: Row, path: Path) -> None:
