@@ -121,7 +121,9 @@ def bench(
         typer.Option(help="Instead: batch:PROMPTS:N:TOKENS:MEDIAN:MOST or talks:COUNT:FIRST:MORE; may be repeated."),
     ] = None,
     devices: Annotated[str, typer.Option(help="With --rollout: CUDA devices for the engines of each pair.")] = "",
-    offload: Annotated[float, typer.Option(help="With --rollout: GiB for vLLM's own offloading.")] = 48,
+    offload: Annotated[
+        float, typer.Option(help="With --rollout: GiB for vLLM's own offloading; 0 leaves it out.")
+    ] = 48,
     answer: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 16,
     repeat: Annotated[int, typer.Option(min=1, help="Turns of all cases.")] = 5,
     settle: Annotated[float, typer.Option(min=0, help="Seconds a prompt has to be stored, and one more a GB.")] = 1.0,

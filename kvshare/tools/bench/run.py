@@ -65,7 +65,8 @@ def rollouts(
     from kvshare.tools.bench.rollouts import Rollout, measure  # verl need not be there where only vLLM is
 
     parsed = [Rollout.parse(text) for text in asked]
-    with engines.started(engines.read(path), logs, engines.PAIRS, devices, offload) as started:
+    kinds = engines.PAIRS if offload else engines.PAIRS[:4]
+    with engines.started(engines.read(path), logs, kinds, devices, offload) as started:
         return _facts() | {"rollouts": asyncio.run(measure(started, parsed, repeat))}
 
 
