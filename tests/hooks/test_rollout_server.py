@@ -8,18 +8,14 @@ from verl.workers.rollout.replica import CONTROL_METHOD_CONCURRENCY
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequest
-from waiting import STUCK
 
 from kvshare.core import policy
 from kvshare.hooks.verl import rollout_server
 from kvshare.hooks.verl.replica_policy import ReplicaPolicy
+from kvshare.hooks.verl.replica_record import ReplicaRecord
 from kvshare.hooks.verl.rollout_server import KVShareReplica, KVShareServer, _server_class
 from kvshare.hooks.verl.trajectory import Stamp
 from kvshare.record import worker_events
-from kvshare.record.event_log import EventLog
-from kvshare.record.event_reader import Reader
-from kvshare.routing.cost_model import Rates
-from kvshare.routing.prefixes import StoredPrefixes
 
 
 @pytest.fixture
@@ -28,7 +24,7 @@ def server():
     made = _server_class("0123456789abcdef").__new__(_server_class("0123456789abcdef"))
     made.node_rank = made.replica_rank = 0
     made._policy, made._stamps, made._warned = ReplicaPolicy(made.run), {}, False
-    made._prefixes, made._rates, made._policy_changed = StoredPrefixes(), Rates(), asyncio.Event()
+    made._record, made._policy_changed = ReplicaRecord(0, 0, range(1)), asyncio.Event()
     made._placeholders = []
     return made
 
@@ -137,40 +133,6 @@ def test_engine_that_has_died_is_reported(server, monkeypatch):
         asyncio.run(server._watch_engine())
     name = "vLLM's engine of replica 0"
     assert reported == [(name, {"EngineCore": -9}), (name, {})]
-
-
-def test_lmcache_that_is_not_up_is_not_silent_and_may_come_late(server, monkeypatch, tmp_path):
-    errors = []
-    monkeypatch.setattr(rollout_server, "READY_SECONDS", 0.01)
-    monkeypatch.setattr(rollout_server.logger, "error", lambda text, *args: errors.append(text % args))
-    server._ready, server._event_log = asyncio.Event(), EventLog(0, str(tmp_path))
-    server._not_ready = {0, 1, 2}
-
-    async def scenario():
-        server._record({"op": "ready", "rank": 0})
-        checking = asyncio.create_task(server._check_ready())
-        while not errors:
-            await asyncio.sleep(0.01)
-        assert "replica 0 shares NO KV: LMCache did not start on rank 1, 2" in errors[0]
-        server._record({"op": "ready", "rank": 2})
-        await asyncio.sleep(0)
-        assert len(errors) == 1
-        server._record({"op": "ready", "rank": 1})
-        await checking
-
-    asyncio.run(asyncio.wait_for(scenario(), STUCK))
-    assert len(errors) == 2
-    assert "it shares KV from here on" in errors[1]
-    server._event_log.close()
-    assert [type(event).__name__ for event in Reader(tmp_path).read()] == ["Degraded", "Ready"]
-
-
-def test_events_that_a_worker_dropped_are_in_the_record(server, tmp_path):
-    server._event_log, server._ready, server._not_ready = EventLog(0, str(tmp_path)), asyncio.Event(), {0}
-    server._record({"op": "ready", "rank": 0, "dropped": 3})
-    server._event_log.close()
-    lost, ready = Reader(tmp_path).read()
-    assert (lost.events, type(ready).__name__) == (3, "Ready")
 
 
 class _Engine:

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -24,14 +23,13 @@ from kvshare.core import freshness, lmcache_settings, p2p_replica, policy, ports
 from kvshare.hooks import check
 from kvshare.hooks.verl import watch
 from kvshare.hooks.verl.cpu_platform import is_cpu
-from kvshare.hooks.verl.loads import Loads
 from kvshare.hooks.verl.replica_policy import ReplicaPolicy
+from kvshare.hooks.verl.replica_record import ReplicaRecord, generated
 from kvshare.hooks.verl.trajectory import Stamp
 from kvshare.record import worker_events
-from kvshare.record.event_log import RUN_DIR, EventLog
-from kvshare.routing.cost_model import Pace, Rates
+from kvshare.routing.cost_model import Pace
 from kvshare.routing.digests import before_images, chunk_digests
-from kvshare.routing.prefixes import Prefill, StoredPrefixes
+from kvshare.routing.prefixes import Prefill
 
 logger = logging.getLogger(__name__)
 
@@ -51,27 +49,18 @@ check.parameters(core_client, "AsyncMPClient.add_request_async", "request")
 RUN = policy.new_run()
 """Run id, drawn once in the process that starts the replicas. Each server gets it with its class."""
 
-READY_SECONDS = 10
-"""Seconds from the start of all engines of a replica until a missing ``ready`` event is logged as an error."""
-
 
 class KVShareServer(vLLMHttpServer):
     run: str  # set by _server_class
 
     def __init__(self, *, replica_rank: int, node_rank: int, gpus_per_node: int, **kwargs: Any) -> None:
-        self._events = worker_events.Receiver()
-        self._loads = Loads()
-        self._prefixes = StoredPrefixes()
-        self._rates = Rates()
+        workers = range(node_rank * gpus_per_node, (node_rank + 1) * gpus_per_node)
+        self._record = ReplicaRecord(replica_rank, node_rank, workers)
         self._policy_changed = asyncio.Event()
-        self._ready = asyncio.Event()
-        # Ranks of the workers on this node. With several nodes, verl starts a server on each node of a replica.
-        self._not_ready = set(range(node_rank * gpus_per_node, (node_rank + 1) * gpus_per_node))
         self._policy = ReplicaPolicy(self.run, freshness.of(os.environ).versions)
         self._stamps: dict[str, Stamp] = {}  # by request id, of the requests that generate
         self._warned = False
-        self._event_log = EventLog(replica_rank, os.environ.get(RUN_DIR), node_rank)
-        os.environ[worker_events.ADDRESS] = self._events.address  # the engine's processes inherit it
+        os.environ[worker_events.ADDRESS] = self._record.address  # the engine's processes inherit it
         super().__init__(replica_rank=replica_rank, node_rank=node_rank, gpus_per_node=gpus_per_node, **kwargs)
         self._chunk_size = self._configure_lmcache()
         self._placeholders = get_vision_placeholder_token_ids(self.model_config.processor)
@@ -90,7 +79,7 @@ class KVShareServer(vLLMHttpServer):
 
     async def run_server(self, args: argparse.Namespace) -> None:
         await super().run_server(args)
-        self._rates.stall = self._stall()
+        self._record.rates.stall = self._stall()
         self._watching = asyncio.create_task(self._watch_engine())
         self.engine.generate = self._recorded(self.engine.generate)  # type: ignore[method-assign, assignment]
         core = self.engine.engine_core
@@ -103,13 +92,13 @@ class KVShareServer(vLLMHttpServer):
         self._follow_workers(args)
 
     def _follow_workers(self, args: argparse.Namespace) -> None:
-        self._recording = asyncio.create_task(self._record_events())
+        self._recording = asyncio.create_task(self._record.follow())
         self._has_connector = args.kv_transfer_config is not None
 
     async def expect_ready(self) -> None:
         """For the replica: the engines on all its nodes have started, so LMCache should have."""
         if self._has_connector:
-            self._checking = asyncio.create_task(self._check_ready())
+            self._checking = asyncio.create_task(self._record.check_ready())
 
     async def _watch_engine(self) -> None:
         """Report the end of the engine: the actor outlives it, and verl may not ask anything of it."""
@@ -124,21 +113,6 @@ class KVShareServer(vLLMHttpServer):
         """1 if the engine does nothing else while its connector loads, 0 if it loads in the background."""
         transfer = self.engine.vllm_config.kv_transfer_config
         return 0.0 if transfer is None or transfer.kv_connector == "LMCacheMPConnector" else 1.0
-
-    async def _check_ready(self) -> None:
-        try:
-            await asyncio.wait_for(self._ready.wait(), READY_SECONDS)
-        except TimeoutError:
-            ranks = sorted(self._not_ready)
-            self._event_log.write("degraded", ranks=ranks)
-            logger.error(
-                "replica %d shares NO KV: LMCache did not start on rank %s, or LMCache's server does not answer. "
-                "Search the replica's log for 'degraded mode' and 'does not answer'. Training continues without it",
-                self.replica_rank,
-                ", ".join(map(str, ranks)),
-            )
-            await self._ready.wait()
-            logger.error("LMCache has started in replica %d: it shares KV from here on", self.replica_rank)
 
     # -- the policy ---------------------------------------------------------------------------
 
@@ -168,7 +142,7 @@ class KVShareServer(vLLMHttpServer):
         self._announce_policy()
 
     def _announce_policy(self) -> None:
-        self._prefixes.give_up()
+        self._record.prefixes.give_up()
         changed, self._policy_changed = self._policy_changed, asyncio.Event()
         changed.set()
 
@@ -176,7 +150,7 @@ class KVShareServer(vLLMHttpServer):
         """For the router: wait until the policy is not ``known``. Returns it (None during an update) and the pace."""
         while self._policy.known == known:
             await self._policy_changed.wait()
-        return self._policy.known, self._rates.pace()
+        return self._policy.known, self._record.rates.pace()
 
     async def image_placeholders(self) -> list[int]:
         """For the router: token ids that stand for an image or a video in a prompt."""
@@ -207,7 +181,7 @@ class KVShareServer(vLLMHttpServer):
             stamp = self._policy.stamp(request, caller)
             if caller in self._stamps:  # not a pooling request
                 self._stamps[caller] = stamp
-                self._prefixes.started(caller, self._prefill(stamp.policy, request.prompt_token_ids or []))
+                self._record.prefixes.started(caller, self._prefill(stamp.policy, request.prompt_token_ids or []))
             await add(request)
 
         return stamped
@@ -218,30 +192,22 @@ class KVShareServer(vLLMHttpServer):
         async def recorded(prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any) -> AsyncIterator[Any]:
             output, asked, answered, read, prefill = None, time.monotonic(), 0.0, 0.0, None
             self._stamps[request_id] = Stamp("")
-            self._loads.started(request_id)
+            self._record.started(request_id)
             try:
                 async for output in generate(
                     prompt=prompt, sampling_params=sampling_params, request_id=request_id, **kwargs
                 ):
                     if not answered:
                         answered = time.monotonic()
-                        prefill = self._first_token(request_id, output, asked, answered)
-                        read = self._rates.decoding(len(output.prompt_token_ids or ()), answered)
+                        prefill = self._record.first_token(request_id, output, asked, answered)
+                        read = self._record.rates.decoding(len(output.prompt_token_ids or ()), answered)
                     yield output
             finally:
-                self._prefixes.ended(request_id)
-                stamp = self._stamps.pop(request_id)
-                for load in self._loads.ended(request_id):
-                    self._event_log.write("load", **load)
+                self._record.ended(request_id, self._stamps.pop(request_id), output, prefill)
                 if output is not None:
-                    prompt_tokens = len(output.prompt_token_ids or ())
-                    cached = output.num_cached_tokens or 0
-                    tokens = sum(len(o.token_ids) for o in output.outputs)
                     ended = time.monotonic()
-                    read = self._rates.decoding(-prompt_tokens, ended) - read
-                    self._rates.answered(tokens, ended - answered, read)
-                    fields = {"prompt": prompt_tokens, "cached": cached, "prefill": prefill, "generated": tokens}
-                    self._event_log.write("request", policy=stamp.policy, versions=stamp.versions, **fields)
+                    read = self._record.rates.decoding(-len(output.prompt_token_ids or ()), ended) - read
+                    self._record.rates.answered(generated(output), ended - answered, read)
 
         return recorded
 
@@ -249,50 +215,13 @@ class KVShareServer(vLLMHttpServer):
         chunks = chunk_digests(before_images(ids, self._placeholders), self._chunk_size)
         return Prefill(stamp, chunks[-1] if chunks else "", len(chunks) * self._chunk_size)
 
-    def _first_token(self, request_id: str, output: Any, asked: float, answered: float) -> float:
-        """Record the first token. Returns the prefill rate since the request was sent, in tokens per second."""
-        cached = output.num_cached_tokens or 0
-        # Without LMCache nothing is stored. Counting all tokens as cached ends the wait of other requests.
-        self._prefixes.first_token(request_id, cached if self._ready.is_set() else sys.maxsize)
-        return self._rates.prefilled(len(output.prompt_token_ids or ()) - cached, asked, answered)
-
-    # -- the event log ------------------------------------------------------------------------
-
-    async def _record_events(self) -> None:
-        while True:
-            self._record(await self._events.receive())
-
-    def _record(self, event: dict[str, Any]) -> None:
-        op, request = event.pop("op"), event.get("request") or ""
-        self._event_log.lost(event.pop("dropped", 0))
-        if op == "ready":
-            self._not_ready.discard(event["rank"])
-            if self._not_ready:
-                return
-            self._ready.set()
-        elif op == "store":
-            self._prefixes.storing(request)
-        elif op == "stored":
-            self._rates.stored(event["seconds"])
-            self._prefixes.stored(request, event["end"])
-            return
-        elif op == "partial":
-            self._loads.partial(event)
-            return
-        elif op == "load":
-            if event["tokens"]:
-                self._rates.loaded(sum(event["tokens"]), event["seconds"])
-            if self._loads.loaded(event):
-                return
-        self._event_log.write(op, **event)
-
     async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
         """For the router: wait until other replicas can find ``prefix``, the last of its ``chunk_digests``.
 
         False if the prefix will not be stored, if the policy has changed, or after ``seconds``.
         """
-        stored = policy == self._policy.known and await self._prefixes.wait((policy, prefix), seconds)
-        return stored, self._rates.pace()
+        stored = policy == self._policy.known and await self._record.prefixes.wait((policy, prefix), seconds)
+        return stored, self._record.rates.pace()
 
     def _get_worker_extension_cls(self) -> str:
         return (
