@@ -203,7 +203,7 @@ def _saved(report: dict[str, Any]) -> str | None:
 
 def _routing(counts: dict[str, Any]) -> str:
     if not counts:
-        return "verl's own"
+        return "verl's own, or affinity: neither counts"
     even = counts["break_even_tokens"]
     parts = [
         f"{counts['leaders']} led, {counts['stayed']} stayed with their prompt, {counts['moved']} moved for balance "
