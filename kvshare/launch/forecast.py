@@ -91,10 +91,14 @@ class Forecast:
         return self.shareable_tokens_a_step / self.prompt_tokens_a_step
 
     @property
-    def _at_most(self) -> str:
-        """Marks an upper bound: some replicas may get no answer of a prompt, or compute it themselves."""
+    def at_most(self) -> bool:
+        """Whether it is an upper bound: some replicas may get no answer of a prompt, or compute it themselves."""
         exact = self.recipe.spread and self.recipe.samples > self.recipe.replicas
-        return "at most " if self.share >= 0.0005 and not exact else ""
+        return self.share >= 0.0005 and not exact
+
+    @property
+    def _at_most(self) -> str:
+        return "at most " if self.at_most else ""
 
     @property
     def verdict(self) -> str:
@@ -149,7 +153,7 @@ class Forecast:
     def record(self) -> dict[str, Any]:
         """The part that goes into ``run.json``."""
         names = ("shareable_tokens_a_step", "local_tokens_a_step", "stored_bytes_a_step")
-        return {**{name: getattr(self, name) for name in names}, "verdict": self.verdict}
+        return {**{name: getattr(self, name) for name in names}, "at_most": self.at_most, "verdict": self.verdict}
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}

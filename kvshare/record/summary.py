@@ -163,12 +163,20 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         "rollout/actor probability difference": f"{mismatch['probs_diff_max']} "
         f"(highest; noise floor, {mismatch['floor']}: {mismatch['probs_diff_floor']})",
         "reward": rewards and f"{rewards[0]:.3f} in the first step, {rewards[-1]:.3f} in the last",
-        **{
-            f"{what} a step": f"forecast {forecast:,}" + ("" if measured is None else f", measured {measured:,.0f}")
-            for what, (forecast, measured) in against_forecast(report).items()
-        },
+        **_compared(report),
     }
     return {name: text for name, text in found.items() if text}
+
+
+def _compared(report: dict[str, Any]) -> dict[str, str]:
+    """The rows of ``against_forecast``. What did not have to move, and so was not loaded, is a local hit."""
+    bounds = ("at most ", "at least ", "") if (report.get("forecast") or {}).get("at_most") else ("", "", "")
+    found = {}
+    for bound, (what, (forecast, measured)) in zip(bounds, against_forecast(report).items(), strict=False):
+        found[f"{what} a step"] = f"forecast {bound}{forecast:,}"
+        if measured is not None:
+            found[f"{what} a step"] += f", measured {measured:,.0f}"
+    return found
 
 
 def _freshness(report: dict[str, Any]) -> str:
@@ -195,13 +203,13 @@ def _saved(report: dict[str, Any]) -> str | None:
 
 def _routing(counts: dict[str, Any]) -> str:
     if not counts:
-        return "verl's own"
+        return "verl's own, or affinity: neither counts"
     even = counts["break_even_tokens"]
     parts = [
         f"{counts['leaders']} led, {counts['stayed']} stayed with their prompt, {counts['moved']} moved for balance "
         f"(cost {counts['move_seconds']:.1f} s, saved {counts['saved_seconds']:.1f} s, as expected)",
         f"{counts['held']} waited ({counts['longest_wait']:.2f} s at most), {counts['gave_up']} gave up",
-        "loading never pays here" if even is None else f"loading pays from {even} tokens",
+        "loading never pays here" if even is None else f"loading pays from {even} tokens" if even else "",
         *(f"the router hears nothing of replica {rank}" for rank in counts["silent"]),
     ]
-    return "; ".join(parts)
+    return "; ".join(filter(None, parts))

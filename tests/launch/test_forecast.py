@@ -133,5 +133,5 @@ def test_bytes_of_a_token():
 
 def test_record_is_json():
     assert set(json.loads(json.dumps(forecast(SHORT, recipe(), of=24).record()))) == {
-        *("shareable_tokens_a_step", "local_tokens_a_step", "stored_bytes_a_step", "verdict"),
+        *("shareable_tokens_a_step", "local_tokens_a_step", "stored_bytes_a_step", "at_most", "verdict"),
     }

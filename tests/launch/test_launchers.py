@@ -207,7 +207,8 @@ def test_overrides_are_pasted_into_somebodys_own_job(launcher, tmp_path):
     job = preflight.Job(backend, device, ["--config-dir", folder, "--config-name", "ppo_trainer", *overrides])
     assert not list(recipe.config(job))
     assert job.shares
-    assert job.rollout.router_config_path == str(ROOT / "config" / "router.yaml")
+    router = "router_spread.yaml" if device == "cpu" else "router.yaml"
+    assert job.rollout.router_config_path == str(ROOT / "config" / router)
     assert config == job.config.ray_kwargs.ray_init.runtime_env.env_vars.LMCACHE_CONFIG_FILE
     assert (job.config.algorithm.adv_estimator, job.rollout.n) == ("rloo", 3)
     assert job.config.actor_rollout_ref.model.path == "/mine"

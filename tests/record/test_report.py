@@ -257,6 +257,9 @@ def test_forecast_stands_next_to_what_was_measured():
     forecast = {"shareable_tokens_a_step": 130, "local_tokens_a_step": 0, "stored_bytes_a_step": 99, "verdict": "v"}
     result = summarize(TWO_STEPS, logged(0, 0), {**RUN, "forecast": forecast})
     assert list(summary.against_forecast(result).values()) == [(130, 128), (0, 0), (99, 120)]
+    assert summary.facts(result)["tokens shared between replicas a step"] == "forecast 130, measured 128"
+    result["forecast"]["at_most"] = True
+    assert summary.facts(result)["tokens shared between replicas a step"] == "forecast at most 130, measured 128"
 
 
 def test_replica_without_event_log_is_named():
