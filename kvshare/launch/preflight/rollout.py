@@ -33,6 +33,14 @@ def verl(job: Job) -> Iterator[str]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+    if trainer(job) in OWN_MAIN:  # their mains do this first
+        rollout.nnodes, rollout.n_gpus_per_node = job.config.rollout.nnodes, job.config.rollout.n_gpus_per_node
+        if job.config.actor_rollout_ref.hybrid_engine:
+            yield f"verl's {trainer(job)} trainer asserts actor_rollout_ref.hybrid_engine=false: set it"
+    if trainer(job) == "fully_async":
+        for key, wanted in (("train_batch_size", 0), ("gen_batch_size", 1)):  # FullyAsyncRollouter.__init__
+            if job.config.data[key] != wanted:
+                yield f"verl's fully_async trainer asserts data.{key}={wanted}, it is {job.config.data[key]}: set it"
     try:
         omega_conf_to_dataclass(rollout)
         omega_conf_to_dataclass(job.config.algorithm)
@@ -43,8 +51,12 @@ def verl(job: Job) -> Iterator[str]:
         yield f"verl refuses the config: {one_line(error)}: correct it"
 
 
+OWN_MAIN = ("fully_async", "one_step_off")
+"""Trainers of verl with a main of their own, known by their configs."""
+
+
 def trainer(job: Job) -> str:
-    """Which of verl's trainers runs the job. Two have a main of their own, and are known by their configs."""
+    """Which of verl's trainers runs the job."""
     if "async_training" in job.config:
         return "fully_async"
     if "rollout" in job.config:
@@ -60,8 +72,7 @@ def pools(job: Job) -> dict[str, tuple[int, int]]:
     """
     config, kind = job.config, trainer(job)
     training = {"hybrid": (config.trainer.nnodes, config.trainer.n_gpus_per_node)}
-    pool = config.rollout if kind in ("one_step_off", "fully_async") else job.rollout
-    standalone = {"standalone": (pool.nnodes, pool.n_gpus_per_node)}
+    standalone = {"standalone": (job.rollout.nnodes, job.rollout.n_gpus_per_node)}
     if kind == "one_step_off":
         return standalone
     if kind == "fully_async":
@@ -117,10 +128,7 @@ def made_by_verl(config: Any, found: dict[str, tuple[int, int]]) -> list[Any]:
         rollout_replica_class = Replica  # verl's hook for recipes
 
     config = copy.deepcopy(config)
-    rollout = config.actor_rollout_ref.rollout
-    rollout.prometheus.enable = False  # verl would write Prometheus' config file
-    if "standalone" in found:
-        rollout.nnodes, rollout.n_gpus_per_node = found["standalone"]
+    config.actor_rollout_ref.rollout.prometheus.enable = False  # verl would write Prometheus' config file
     made: list[Any] = []
     with contextlib.redirect_stdout(io.StringIO()):
         for name, (nodes, devices) in found.items():

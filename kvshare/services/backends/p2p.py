@@ -62,8 +62,8 @@ def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
 
 def _exports(host: str, ports: Ports, folder: Path) -> Exports:
     return {
-        "LMCACHE_CONTROLLER_PULL_URL": f"{host_ports.in_url(host)}:{ports['pull']}",
-        "LMCACHE_CONTROLLER_REPLY_URL": f"{host_ports.in_url(host)}:{ports['reply']}",
+        "LMCACHE_CONTROLLER_PULL_URL": f"{host}:{ports['pull']}",
+        "LMCACHE_CONTROLLER_REPLY_URL": f"{host}:{ports['reply']}",
     }
 
 

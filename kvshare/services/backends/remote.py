@@ -16,6 +16,9 @@ from kvshare.services.backends.interface import Backend, Exports, Ports
 KEEP_NOTHING = ("blackhole", "mock", "plugin://mock")
 """Schemes of LMCache's connectors for its own tests. What one replica stores, no other finds."""
 
+PARSED = ("fs", "redis", "valkey", "infinistore")
+"""Schemes of LMCache's connectors that take no URL without host and port, ``fs`` included."""
+
 
 def urls(job: Job) -> list[str]:
     """The URLs for which LMCache makes a remote backend: remote_url, and one for each of remote_storage_plugins."""
@@ -41,7 +44,7 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
 
 def _url(job: Job, url: str) -> Iterator[str]:
     """Check that one of LMCache's connectors takes the URL. If none does, the engine runs in degraded mode."""
-    from lmcache.v1.storage_backend.connector import ConnectorManager
+    from lmcache.v1.storage_backend.connector import ConnectorManager, parse_remote_url
 
     scheme, given, _ = url.partition("://")
     if not given:
@@ -54,6 +57,11 @@ def _url(job: Job, url: str) -> Iterator[str]:
         yield f"remote_url {url} is for LMCache's own tests and shares nothing: use lm://HOST:PORT"
     elif scheme == "lm":
         health.host_and_port(url)
+    elif scheme in PARSED:
+        try:
+            parse_remote_url(url)
+        except Exception as error:
+            yield f"LMCache refuses remote_url {url} ({error}), it would run degraded and share nothing: correct it"
         yield from _key(job)
 
 
@@ -77,7 +85,7 @@ def _running(job: Job) -> Iterator[str]:
         if url.startswith("lm://"):
             told.append("lmcache_server at " + health.check_lmcache_server(url))
         else:
-            told.append(f"{url}, {health.reach(url)}")
+            told.append(f"{url}, {'a folder' if url.startswith('fs://') else health.reach(url)}")
     job.facts["service"] = ", ".join(told)
     yield from ()
 
