@@ -15,15 +15,16 @@ import zmq
 from kvshare.core.errors import UserError
 from kvshare.core.lm_protocol import HEALTH_REQUEST, REPLY, SUCCESS
 from kvshare.core.ports import in_url
+from kvshare.core.secrets import redacted
 
 
 class NotStarted(Exception):
     """A service ended before it was healthy; ``tail`` has the last lines of its log."""
 
     def __init__(self, what: str, log: Path) -> None:
-        super().__init__(what)
+        super().__init__(redacted(what))
         self.log = log
-        self.tail = log.read_text(errors="replace").splitlines()[-15:]
+        self.tail = redacted(log.read_text(errors="replace")).splitlines()[-15:]
 
 
 ZMTP = b"\xff"  # first byte of a ZMTP greeting, RFC 23
@@ -76,8 +77,8 @@ def reach(url: str) -> str:
     try:
         parsed = urlparse(url)
         host, port = parsed.hostname, parsed.port
-    except ValueError as error:
-        raise UserError(f"remote_url {url} is no URL ({error}): correct it in the LMCache config") from None
+    except ValueError:  # its text may have a part of a password
+        raise UserError(f"remote_url {url} is no URL: correct it in the LMCache config") from None
     if not host or not port:
         return "not checked"
     _exchange(host, port, b"", 0, f"remote_url {url}", "start it, or correct remote_url")
