@@ -1,7 +1,6 @@
 """``ready`` means that LMCache shares: its real manager, engine and remote backend, without vLLM."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch

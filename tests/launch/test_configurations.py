@@ -118,7 +118,24 @@ ERRORS = [
     (extra(p2p_init_ports=[1, 2]), "kvshare's router and servers do not see lmcache.p2p_init_ports"),
     (extra(remote_serde="cachegen"), "remote_serde cachegen: replicas would not load KV as it was stored"),
     (extra(remote_url="127.0.0.1:1"), "remote_url 127.0.0.1:1 has no scheme, LMCache would run degraded"),
+    (Given(connector={"kv_connector": None}), "kv_transfer_config has no kv_connector, so nothing would be shared"),
+    (Given(connector={"kv_connector_extra_config": {"use_layerwise": 1}}), "it would read lmcache.use_layerwise"),
+    (Given(connector={"kv_connector_extra_config": {"lmcache_chunk_size": 1}}), "it would read lmcache.chunk_size"),
+    (Given(connector={"kv_connector_extra_cfg": {}}), "kv_connector_extra_cfg Unexpected keyword argument"),
+    (verl(f"{KV}.kv_transfer_config=LMCacheConnectorV1"), "KVTransferConfig Invalid JSON"),
+    # the file and other variables
+    (Given(environ={"LMCACHE_CONFIG_FILE": "/tmp"}), "LMCache config /tmp is not a file: set LMCache_CONFIG_FILE"),
+    (Given(environ={"LMCACHE_CONFIG_FILE": "/proc/self/mem"}), "cannot be read (Input/output error): make it readable"),
+    (Given(yaml="- chunk_size: 256"), "is not a mapping of keys to values"),
+    (Given(yaml="1: 2"), "LMCache knows no key 1: remove or correct it"),
+    (Given(environ={"VLLM_CPU_KVCACHE_SPACE": "lots"}), "VLLM_CPU_KVCACHE_SPACE=lots is not a number"),
+    (Given(environ={"RAY_memory_usage_threshold": "high"}), "RAY_memory_usage_threshold=high is not a number"),
+    (Given(environ={"KVSHARE_FRESHNESS": "strickt"}), "KVSHARE_FRESHNESS is 'strickt': set it to strict or trajectory"),
     # LMCache's server
+    (env(REMOTE_URL="lm://[::1%lo]:1"), "lmcache_server at [::1%lo]:1 does not answer"),
+    (env(REMOTE_URL="lm://127.0.0.1:1,lm://127.0.0.1:2"), "is not lm://HOST:PORT"),
+    (env(REMOTE_URL="lm://me:passw@rd@127.0.0.1:1"), "lmcache_server at 127.0.0.1:1 does not answer"),
+    (env(REMOTE_URL="tcp://127.0.0.1:5555"), "LMCache has no connector for remote_url tcp://127.0.0.1:5555"),
     (Given(yaml="remote_serde: cachegen"), "remote_serde cachegen: replicas would not load KV as it was stored"),
     (env(REMOTE_SERDE="kivi"), "remote_serde kivi: "),
     (env(REMOTE_SERDE="torch"), "remote_serde torch: "),
@@ -196,8 +213,19 @@ ERRORS = [
     (own_main("one_step_off", "actor_rollout_ref.hybrid_engine=true"), "asserts actor_rollout_ref.hybrid_engine=false"),
     (own_main("fully_async"), "fully_async trainer asserts data.train_batch_size=0, it is"),
     (own_main("fully_async", *FULLY, "data.gen_batch_size=2"), "asserts data.gen_batch_size=1, it is 2"),
-    (own_main("fully_async", *FULLY, f"{ROLLOUT}.tensor_model_parallel_size=4"), "6 devices (nodes: 2, devices a node: 3"),
+    (
+        own_main("fully_async", *FULLY, f"{ROLLOUT}.tensor_model_parallel_size=4"),
+        "6 devices (nodes: 2, devices a node: 3",
+    ),
     (verl("--config-name=ppo_trainer", "--config-dir", verl_config()), "actor_rollout_ref.rollout.name: set it"),
+    (verl(f"{ROLLOUT}.tensor_model_parallel_size='2'"), "tensor_model_parallel_size is '2', must be an integer"),
+    (verl(f"{ROLLOUT}.tensor_model_parallel_size=null"), "tensor_model_parallel_size is None, must be an integer"),
+    (verl(f"{ROLLOUT}.tensor_model_parallel_size=1.5"), "tensor_model_parallel_size is 1.5, must be an integer"),
+    (verl(f"{ROLLOUT}.n=0"), "rollout.n is 0, must be an integer of at least 1"),
+    (verl(f"{ROLLOUT}.n=four"), "rollout.n is 'four', must be an integer of at least 1"),
+    (verl("data.max_prompt_length=-1"), "data.max_prompt_length is -1, must be an integer of at least 1"),
+    (verl(f"++{ROLLOUT}.engine_kwargs.vlm.block_size=64"), "has no vlm (did you mean vllm?), verl ignores it"),
+    (verl(f"{ROLLOUT}.gpu_memory_utilization=7"), "gpu_memory_utilization Input should be less than or equal to 1"),
     # the router's YAML
     (Given(router="hold_seconds: 30"), "has no router_class, which verl needs"),
     (Given(router="[1]"), "has no router_class, which verl needs"),
@@ -210,6 +238,9 @@ ERRORS = [
     (Given(router="OURS\nhold_second: 3"), "kvshare's router knows no key hold_second (did you mean hold_seconds?)"),
     (Given(router="OURS\nfull_determinism: 'no'"), "full_determinism is 'no', must be true or false"),
     (Given(router="OURS\nchunk_size: 0"), "chunk_size is 0, must be an integer above 0"),
+    (Given(router="OURS\nchunk_size: .inf"), "chunk_size is inf, must be an integer above 0"),
+    (Given(router="router_class: os.path"), "router_class os.path is not a class"),
+    (Given(router="OURS\nplacement: [cost]"), "placement is ['cost'], must be one of cost, spread"),
     (Given(router="OURS\nplacement: spred"), "placement is 'spred', must be one of cost, spread"),
     (Given(router="OURS\nmax_imbalance: 8"), "kvshare's router knows no key max_imbalance"),
     (
@@ -220,6 +251,8 @@ ERRORS = [
     (env("p2p", LOCAL_CPU="false"), "with local_cpu: false LMCache keeps nothing that other replicas could read"),
     (env("p2p", RETRIEVE_LOCATIONS="LocalCPUBackend"), "leaves P2PBackend out"),
     (env("p2p", CONTROLLER_PULL_URL="[::1]:8300"), "lmcache_controller and the engines that ask it have no IPv6"),
+    (env("p2p", P2P_INIT_PORTS="-1,-2"), "LMCACHE_P2P_INIT_PORTS is [-1, -2], must be from 0 to 65535"),
+    (env("p2p", TRANSFER_CHANNEL="nixxl"), "transfer_channel nixxl is not one through which LMCache's P2P works"),
     # multi-process
     (mp(prot=1), "LMCacheMPConnector knows no key lmcache.mp.prot (did you mean lmcache.mp.port?)"),
     (mp(mq_timeout="soon"), "lmcache.mp.mq_timeout is 'soon', must be a number of seconds above 0"),
@@ -237,8 +270,12 @@ WARNINGS = [
     (env(SAVE_DECODE_CACHE="true"), "LMCACHE_SAVE_DECODE_CACHE: True is not known to work with kvshare"),
     (env(PRIORITY_LIMIT="3"), "LMCACHE_PRIORITY_LIMIT: 3 is not known to work"),
     (env(EXTRA_CONFIG='{"lookup_unpinned": true}'), "lookup_unpinned is not known to work with kvshare"),
+    (Given(yaml=P2P.read_text()), "enable_p2p: true beside a remote server is not known to work"),
     (env(QQQQQQQQ="1"), "LMCache does not read LMCACHE_QQQQQQQQ: correct or unset it"),
-    (env(REMOTE_URL="fs://localhost:1/tmp/kv"), "fs://localhost:1/tmp/kv is not known to work with kvshare: only lm:// is"),
+    (
+        env(REMOTE_URL="fs://localhost:1/tmp/kv"),
+        "fs://localhost:1/tmp/kv is not known to work with kvshare: only lm:// is",
+    ),
     (env(REMOTE_STORAGE_PLUGINS="fs"), "plugin://fs is not known to work with kvshare: only lm:// is"),
     (
         verl("trainer.v1.trainer_mode=colocate_async", device="cpu"),
@@ -340,7 +377,9 @@ def test_works(make, given, row, words):
     assert words in made.facts[row]
 
 
-@pytest.mark.parametrize(("given", "size"), [((), 4), ((f"{ROLLOUT}.dtype=bfloat16",), 2), ((f"{KV}.kv_cache_dtype=fp8",), 1)])
+@pytest.mark.parametrize(
+    ("given", "size"), [((), 4), ((f"{ROLLOUT}.dtype=bfloat16",), 2), ((f"{KV}.kv_cache_dtype=fp8",), 1)]
+)
 def test_forecast_counts_bytes_as_vllm_stores_them(make, model, given, size):
     made = make(verl(f"{ROLLOUT}.dtype=float32", *given))
     for stage in list(preflight.STAGES.values())[1:-1]:

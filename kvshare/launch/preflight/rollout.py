@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from kvshare.core.job import Job, one_line
+from kvshare.core.lmcache_settings import near
 from kvshare.launch.preflight.environment import ray_address
 
 TRIED = "sync"
@@ -29,6 +32,9 @@ def verl(job: Job) -> Iterator[str]:
             "rollout.disaggregation.enabled=true: verl then starts prefill and decode servers of its own, with its own "
             "kv_transfer_config, and nothing would be shared: set it to false"
         )
+        return
+    if wrong := [*_numbers(job), *_unread(rollout.engine_kwargs)]:
+        yield from wrong
         return
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -49,6 +55,29 @@ def verl(job: Job) -> Iterator[str]:
                 validate_config(job.config, need_reference_policy(job.config), need_critic(job.config))
     except Exception as error:
         yield f"verl refuses the config: {one_line(error)}: correct it"
+
+
+COUNTS = (
+    *("actor_rollout_ref.rollout.n", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
+    *("actor_rollout_ref.rollout.data_parallel_size", "data.max_prompt_length", "data.max_response_length"),
+)
+
+
+def _numbers(job: Job) -> Iterator[str]:
+    for key in COUNTS:
+        value = OmegaConf.select(job.config, key)
+        if not isinstance(value, int) or value < 1:
+            yield f"{key} is {value!r}, must be an integer of at least 1: correct it"
+
+
+def _unread(engine_kwargs: Any) -> Iterator[str]:
+    """Each key that verl does not read: one that is not the name of a rollout engine."""
+    for name in engine_kwargs or {}:
+        if name not in ENGINES:
+            yield f"rollout.engine_kwargs has no {name}{near(name, ENGINES)}, verl ignores it: correct it"
+
+
+ENGINES = ("vllm", "sglang", "trtllm")
 
 
 OWN_MAIN = ("fully_async", "one_step_off")
@@ -87,9 +116,6 @@ def pools(job: Job) -> dict[str, tuple[int, int]]:
 def replicas(job: Job) -> Iterator[str]:
     """Let verl's LLMServerManager make its replicas, without starting them."""
     size = job.rollout.tensor_model_parallel_size * job.rollout.data_parallel_size
-    if size < 1:
-        yield f"a replica would have {size} devices: set tensor_model_parallel_size and data_parallel_size to 1 or more"
-        return
     found = {name: pool for name, pool in pools(job).items() if pool[0]}
     for name, (nodes, devices) in found.items():
         if nodes * devices < size or nodes * devices % size:
