@@ -30,6 +30,7 @@ _HOOKS = (
     ("lmcache.v1.cache_engine", "lmcache.async_loading:patch_cache_engine"),
     ("lmcache.v1.lookup_client.lmcache_async_lookup_client", "lmcache.async_loading:patch_lookup_client"),
     ("lmcache.v1.cache_engine", "lmcache.events:patch_cache_engine"),
+    ("lmcache.v1.manager", "lmcache.events:patch_manager"),
     ("lmcache.v1.cache_controller.worker", "lmcache.p2p_controller:patch_worker"),
     ("lmcache.v1.storage_backend.p2p_backend", "lmcache.p2p_peers:patch_backend"),
     ("lmcache.v1.transfer_channel.nixl_channel", "lmcache.nixl_agents:patch_nixl"),

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from kvshare.cli.options import PASSES, BackendOption, DeviceOption, Hydra, Json, Main, out
 from kvshare.cli.reporting import print_report
+from kvshare.core.secrets import is_secret
 from kvshare.record.event_log import RUN_DIR
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def overrides(backend: BackendOption, device: DeviceOption, as_json: Json = Fals
 
     environment, hydra = paste.overrides(backend, device)
     if as_json:
-        print(json.dumps({"environment": environment, "overrides": hydra}, indent=2))
+        secret = [name for name, value in environment.items() if is_secret(name, value)]
+        shown = {name: value for name, value in environment.items() if name not in secret}
+        print(json.dumps({"environment": shown, "secret": secret, "overrides": hydra}, indent=2))
     else:
         print(paste.as_bash(environment, hydra))
 

@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-CONFIG_FOLDER, CONFIG_NAME = ("--config-dir", "-cd"), ("--config-name", "-cn")
+CONFIG_FOLDER, CONFIG_PATH, CONFIG_NAME = ("--config-dir", "-cd"), ("--config-path", "-cp"), ("--config-name", "-cn")
+OWN_MAINS = ("fully_async_policy", "one_step_off_policy")
+"""Packages in verl.experimental that have a main of their own, with a folder of configs."""
 
 
 @dataclass
@@ -65,8 +67,11 @@ class Job:
     def hydra(self) -> tuple[str, str, list[str]]:
         """Split ``hydra_args`` into config folder (absolute), config name and overrides, with main_ppo's defaults."""
         rest = list(self.hydra_args)
-        folder, name = _take(rest, CONFIG_FOLDER), _take(rest, CONFIG_NAME)
-        return str(Path(folder).resolve()) if folder else verl_config(), name or "ppo_trainer", rest
+        folder, path = _take(rest, CONFIG_FOLDER), _take(rest, CONFIG_PATH)
+        name = (_take(rest, CONFIG_NAME) or "ppo_trainer").removesuffix(".yaml")
+        if path and Path(path).is_absolute():  # Hydra takes another path from the folder of verl's main
+            folder = folder or path
+        return str(Path(folder).resolve()) if folder else _folder_of(name), name, rest
 
 
 def verl_config() -> str:
@@ -77,23 +82,29 @@ def verl_config() -> str:
     return f"{spec.submodule_search_locations[0]}/trainer/config"
 
 
+def _folder_of(name: str) -> str:
+    """The folder of verl's configs that has this one; main_ppo's if none has."""
+    mains = Path(verl_config()).parents[1] / "experimental"
+    folders = [verl_config(), *(str(mains / package / "config") for package in OWN_MAINS)]
+    return next((folder for folder in folders if (Path(folder) / f"{name}.yaml").is_file()), folders[0])
+
+
 def has_config(arguments: list[str]) -> bool:
     """Whether arguments name a Hydra config, so that they are those of a whole job."""
-    return any(a.partition("=")[0] in (*CONFIG_FOLDER, *CONFIG_NAME) for a in arguments)
+    return any(a.partition("=")[0] in (*CONFIG_FOLDER, *CONFIG_PATH, *CONFIG_NAME) for a in arguments)
 
 
 def _take(arguments: list[str], names: tuple[str, ...]) -> str | None:
-    """Remove an option from ``arguments``, ``--name value`` or ``--name=value``, and return its value."""
-    for at, argument in enumerate(arguments):
-        name, given, value = argument.partition("=")
-        if name in names and given:
-            del arguments[at]
-            return value
-        if name in names and at + 1 < len(arguments):
-            value = arguments[at + 1]
-            del arguments[at : at + 2]
-            return value
-    return None
+    """Remove an option from ``arguments``, ``--name value`` or ``--name=value``, and return its last value."""
+    found = None
+    for at in reversed(range(len(arguments))):
+        name, given, value = arguments[at].partition("=")
+        if name in names and (given or at + 1 < len(arguments)):
+            end = at + (1 if given else 2)
+            value = value if given else arguments[end - 1]
+            found = value if found is None else found
+            del arguments[at:end]
+    return found
 
 
 def one_line(error: BaseException) -> str:

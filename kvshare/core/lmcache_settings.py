@@ -52,9 +52,12 @@ def read(path: str | None) -> dict[str, Any]:
         raise UserError("LMCACHE_CONFIG_FILE is not set: export it as the path of the LMCache YAML")
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"LMCache config {file} does not exist: set LMCache_CONFIG_FILE to one that does")
+        what = "is not a file" if file.exists() else "does not exist"
+        raise UserError(f"LMCache config {file} {what}: set LMCache_CONFIG_FILE to a YAML file")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"LMCache config {file} cannot be read ({error.strerror}): make it readable") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

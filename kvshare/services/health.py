@@ -15,15 +15,16 @@ import zmq
 from kvshare.core.errors import UserError
 from kvshare.core.lm_protocol import HEALTH_REQUEST, REPLY, SUCCESS
 from kvshare.core.ports import in_url
+from kvshare.core.secrets import redacted
 
 
 class NotStarted(Exception):
     """A service ended before it was healthy; ``tail`` has the last lines of its log."""
 
     def __init__(self, what: str, log: Path) -> None:
-        super().__init__(what)
+        super().__init__(redacted(what))
         self.log = log
-        self.tail = log.read_text(errors="replace").splitlines()[-15:]
+        self.tail = redacted(log.read_text(errors="replace")).splitlines()[-15:]
 
 
 ZMTP = b"\xff"  # first byte of a ZMTP greeting, RFC 23
@@ -76,8 +77,8 @@ def reach(url: str) -> str:
     try:
         parsed = urlparse(url)
         host, port = parsed.hostname, parsed.port
-    except ValueError as error:
-        raise UserError(f"remote_url {url} is no URL ({error}): correct it in the LMCache config") from None
+    except ValueError:  # its text may have a part of a password
+        raise UserError(f"remote_url {url} is no URL: correct it in the LMCache config") from None
     if not host or not port:
         return "not checked"
     _exchange(host, port, b"", 0, f"remote_url {url}", "start it, or correct remote_url")
@@ -122,6 +123,7 @@ def check_controller(pull_url: str, reply_url: str) -> str:
         host, port = _split(f"tcp://{str(url).removeprefix('tcp://')}")
         if not host or not port:
             raise UserError(f"controller_{name}_url {url!r} is not HOST:PORT: correct it in the LMCache config")
+        ipv4_only("lmcache_controller", host)
         ports[name] = (host, port)
     host, pull, reply = ports["pull"][0], ports["pull"][1], ports["reply"][1]
     start = (
@@ -129,18 +131,28 @@ def check_controller(pull_url: str, reply_url: str) -> str:
         f"""--monitor-ports '{{"pull": {pull}, "reply": {reply}}}'"""
     )
     for name, (host, port) in ports.items():
-        greeting = _exchange(host, port, b"", 1, f"lmcache_controller's {name} port {in_url(host)}:{port}", start)
+        greeting = _exchange(host, port, b"", 1, f"lmcache_controller's {name} port {host}:{port}", start)
         if greeting != ZMTP:
             raise UserError(
-                f"{in_url(host)}:{port} is taken by something that is not lmcache_controller: "
+                f"{host}:{port} is taken by something that is not lmcache_controller: "
                 f"stop it, or choose another port in controller_{name}_url and {start}"
             )
     if not _looks_up(*ports["reply"]):
         raise UserError(
-            f"{in_url(ports['reply'][0])}:{reply} speaks zmq, but not as lmcache_controller's reply port: "
+            f"{ports['reply'][0]}:{reply} speaks zmq, but not as lmcache_controller's reply port: "
             f"stop it, or choose another port in controller_reply_url and {start}"
         )
-    return f"{in_url(host)}:{pull} and {reply}"
+    return f"{host}:{pull} and {reply}"
+
+
+def ipv4_only(service: str, host: str) -> None:
+    """Refuse an IPv6 address. LMCache never sets zmq's option for IPv6, so its sockets have IPv4 only (0.5.6).
+
+    Raises:
+        UserError: it is one.
+    """
+    if ":" in host:
+        raise UserError(f"{service} and the engines that ask it have no IPv6, {host} is that: give an IPv4 address")
 
 
 def check_mp_server(url: str) -> tuple[str, int]:
@@ -152,18 +164,19 @@ def check_mp_server(url: str) -> tuple[str, int]:
     host, port = _split(url)
     if not url.startswith("tcp://") or not host or not port:
         raise UserError(f"remote_url {url!r} is not tcp://HOST:PORT: correct it in the LMCache config")
+    ipv4_only("lmcache server", host)
     start = "start it with: kvshare services up --backend mp"
-    greeting = _exchange(host, port, b"", 1, f"lmcache server at {in_url(host)}:{port}", start)
+    greeting = _exchange(host, port, b"", 1, f"lmcache server at {host}:{port}", start)
     number, operation = msgspec.msgpack.encode(0), msgspec.msgpack.encode(GET_CHUNK_SIZE)
     reply = _ask(zmq.DEALER, host, port, number, operation) if greeting == ZMTP else []
     try:
         chunk_size = msgspec.msgpack.decode(reply[2], type=int)
     except (IndexError, msgspec.MsgspecError):
         raise UserError(
-            f"{in_url(host)}:{port} does not answer as lmcache server does (hangs, or another program has the port): "
+            f"{host}:{port} does not answer as lmcache server does (hangs, or another program has the port): "
             f"end it, or choose another port in remote_url, and {start}"
         ) from None
-    return f"{in_url(host)}:{port}", chunk_size
+    return f"{host}:{port}", chunk_size
 
 
 def _looks_up(host: str, port: int) -> bool:
@@ -177,8 +190,7 @@ def _ask(kind: int, host: str, port: int, *frames: bytes) -> list[bytes]:
     s: zmq.Socket = zmq.Context.instance().socket(kind)
     with s:
         s.setsockopt(zmq.LINGER, 0)
-        s.setsockopt(zmq.IPV6, 1)
-        s.connect(f"tcp://{in_url(host)}:{port}")
+        s.connect(f"tcp://{host}:{port}")
         s.send_multipart(frames)
         return s.recv_multipart() if s.poll(int(TIMEOUT * 1000)) else []
 

@@ -6,11 +6,16 @@ WARNINGS do not, and WORKS pass with the words in a row of the table.
 
 import json
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 
+import datasets
 import pytest
 from jobs import CONNECTOR, MP, P2P
 
+from kvshare.core.job import verl_config
 from kvshare.launch import preflight
+from kvshare.launch.hydra_overrides import quote
 
 KV = "++actor_rollout_ref.rollout.engine_kwargs.vllm"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -59,6 +64,20 @@ def mp(**keys) -> Given:
     return Given(connector=connector, backend="mp", yaml=MP.read_text())
 
 
+EXPERIMENTAL = Path(str(find_spec("verl").origin)).parent / "experimental"
+
+
+def own_main(name: str, *overrides: str, backend: str = "remote") -> Given:
+    """A job of a main of its own in verl.experimental, with that main's config."""
+    folder = EXPERIMENTAL / f"{name}_policy" / "config"
+    config = ("--config-dir", str(folder), "--config-name", f"{name}_ppo_trainer")
+    needed = (f"{ROLLOUT}.name=vllm", "actor_rollout_ref.actor.use_dynamic_bsz=true", "data.max_prompt_length=2048")
+    devices = (f"{ROLLOUT}.tensor_model_parallel_size=1", "rollout.nnodes=2", "rollout.n_gpus_per_node=3")
+    given = (*config, *needed, *devices, "actor_rollout_ref.hybrid_engine=false", *overrides)
+    return Given(overrides=given, backend=backend, device="cuda")
+
+
+FULLY = ("data.train_batch_size=0", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
 OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"num_cpu_blocks": 8}}
 SEPARATE = (
     *("trainer.v1.trainer_mode=separate_async", f"{ROLLOUT}.nnodes=1", f"{ROLLOUT}.n_gpus_per_node=6"),
@@ -99,7 +118,24 @@ ERRORS = [
     (extra(p2p_init_ports=[1, 2]), "kvshare's router and servers do not see lmcache.p2p_init_ports"),
     (extra(remote_serde="cachegen"), "remote_serde cachegen: replicas would not load KV as it was stored"),
     (extra(remote_url="127.0.0.1:1"), "remote_url 127.0.0.1:1 has no scheme, LMCache would run degraded"),
+    (Given(connector={"kv_connector": None}), "kv_transfer_config has no kv_connector, so nothing would be shared"),
+    (Given(connector={"kv_connector_extra_config": {"use_layerwise": 1}}), "it would read lmcache.use_layerwise"),
+    (Given(connector={"kv_connector_extra_config": {"lmcache_chunk_size": 1}}), "it would read lmcache.chunk_size"),
+    (Given(connector={"kv_connector_extra_cfg": {}}), "kv_connector_extra_cfg Unexpected keyword argument"),
+    (verl(f"{KV}.kv_transfer_config=LMCacheConnectorV1"), "KVTransferConfig Invalid JSON"),
+    # the file and other variables
+    (Given(environ={"LMCACHE_CONFIG_FILE": "/tmp"}), "LMCache config /tmp is not a file: set LMCache_CONFIG_FILE"),
+    (Given(environ={"LMCACHE_CONFIG_FILE": "/proc/self/mem"}), "cannot be read (Input/output error): make it readable"),
+    (Given(yaml="- chunk_size: 256"), "is not a mapping of keys to values"),
+    (Given(yaml="1: 2"), "LMCache knows no key 1: remove or correct it"),
+    (Given(environ={"VLLM_CPU_KVCACHE_SPACE": "lots"}), "VLLM_CPU_KVCACHE_SPACE=lots is not a number"),
+    (Given(environ={"RAY_memory_usage_threshold": "high"}), "RAY_memory_usage_threshold=high is not a number"),
+    (Given(environ={"KVSHARE_FRESHNESS": "strickt"}), "KVSHARE_FRESHNESS is 'strickt': set it to strict or trajectory"),
     # LMCache's server
+    (env(REMOTE_URL="lm://[::1%lo]:1"), "lmcache_server at [::1%lo]:1 does not answer"),
+    (env(REMOTE_URL="lm://127.0.0.1:1,lm://127.0.0.1:2"), "is not lm://HOST:PORT"),
+    (env(REMOTE_URL="lm://me:passw@rd@127.0.0.1:1"), "lmcache_server at 127.0.0.1:1 does not answer"),
+    (env(REMOTE_URL="tcp://127.0.0.1:5555"), "LMCache has no connector for remote_url tcp://127.0.0.1:5555"),
     (Given(yaml="remote_serde: cachegen"), "remote_serde cachegen: replicas would not load KV as it was stored"),
     (env(REMOTE_SERDE="kivi"), "remote_serde kivi: "),
     (env(REMOTE_SERDE="torch"), "remote_serde torch: "),
@@ -115,10 +151,12 @@ ERRORS = [
     (env(REMOTE_URL="lm://[::1]:1"), "lmcache_server at [::1]:1 does not answer"),
     (env(REMOTE_URL="http://localhost:1"), "LMCache has no connector for remote_url http://localhost:1"),
     (env(REMOTE_URL="LM://localhost:1"), "LMCache has no connector for remote_url LM://localhost:1"),
+    (env(REMOTE_URL="fs:///tmp/kv"), "remote_url 'fs:///tmp/kv' is not fs://HOST:PORT"),
+    (env(REMOTE_URL="redis://localhost"), "remote_url 'redis://localhost' is not redis://HOST:PORT"),
     (env(REMOTE_URL="blackhole://"), "is for LMCache's own tests and shares nothing"),
     (env(REMOTE_URL="mock://100"), "is for LMCache's own tests and shares nothing"),
     (env(REMOTE_URL="redis://me:passw@rd@127.0.0.1:1"), "remote_url redis://***@127.0.0.1:1 does not answer"),
-    (env(REMOTE_URL="redis://me:pass/w@rd@127.0.0.1:1"), "remote_url redis://***@127.0.0.1:1 is no URL"),
+    (env(REMOTE_URL="redis://me:pass/w@rd@127.0.0.1:1"), "remote_url 'redis://***@127.0.0.1:1' is not redis://HOST"),
     (env(REMOTE_URL="me:password@127.0.0.1:1"), "remote_url ***@127.0.0.1:1 has no scheme"),
     (env(REMOTE_STORAGE_PLUGINS="nosuch"), "LMCache has no connector for remote_url plugin://nosuch"),
     (env(RETRIEVE_LOCATIONS="LocalCPUBackend"), "leaves the remote server out"),
@@ -172,6 +210,22 @@ ERRORS = [
     (verl(f"{KV}.no_such_argument=1"), "vLLM refuses what verl gives it: unrecognized arguments: --no-such-argument"),
     (verl("algorithm.adv_estimator=grop", device="cpu"), "'grop' is not one verl knows"),
     (verl("actor_rollout_ref.model.path=it's"), r"write it as 'actor_rollout_ref.model.path='"),
+    (own_main("one_step_off", "actor_rollout_ref.hybrid_engine=true"), "asserts actor_rollout_ref.hybrid_engine=false"),
+    (own_main("fully_async"), "fully_async trainer asserts data.train_batch_size=0, it is"),
+    (own_main("fully_async", *FULLY, "data.gen_batch_size=2"), "asserts data.gen_batch_size=1, it is 2"),
+    (
+        own_main("fully_async", *FULLY, f"{ROLLOUT}.tensor_model_parallel_size=4"),
+        "6 devices (nodes: 2, devices a node: 3",
+    ),
+    (verl("--config-name=ppo_trainer", "--config-dir", verl_config()), "actor_rollout_ref.rollout.name: set it"),
+    (verl(f"{ROLLOUT}.tensor_model_parallel_size='2'"), "tensor_model_parallel_size is '2', must be an integer"),
+    (verl(f"{ROLLOUT}.tensor_model_parallel_size=null"), "tensor_model_parallel_size is None, must be an integer"),
+    (verl(f"{ROLLOUT}.tensor_model_parallel_size=1.5"), "tensor_model_parallel_size is 1.5, must be an integer"),
+    (verl(f"{ROLLOUT}.n=0"), "rollout.n is 0, must be an integer of at least 1"),
+    (verl(f"{ROLLOUT}.n=four"), "rollout.n is 'four', must be an integer of at least 1"),
+    (verl("data.max_prompt_length=-1"), "data.max_prompt_length is -1, must be an integer of at least 1"),
+    (verl(f"++{ROLLOUT}.engine_kwargs.vlm.block_size=64"), "has no vlm (did you mean vllm?), verl ignores it"),
+    (verl(f"{ROLLOUT}.gpu_memory_utilization=7"), "gpu_memory_utilization Input should be less than or equal to 1"),
     # the router's YAML
     (Given(router="hold_seconds: 30"), "has no router_class, which verl needs"),
     (Given(router="[1]"), "has no router_class, which verl needs"),
@@ -184,6 +238,9 @@ ERRORS = [
     (Given(router="OURS\nhold_second: 3"), "kvshare's router knows no key hold_second (did you mean hold_seconds?)"),
     (Given(router="OURS\nfull_determinism: 'no'"), "full_determinism is 'no', must be true or false"),
     (Given(router="OURS\nchunk_size: 0"), "chunk_size is 0, must be an integer above 0"),
+    (Given(router="OURS\nchunk_size: .inf"), "chunk_size is inf, must be an integer above 0"),
+    (Given(router="router_class: os.path"), "router_class os.path is not a class"),
+    (Given(router="OURS\nplacement: [cost]"), "placement is ['cost'], must be one of cost, spread"),
     (Given(router="OURS\nplacement: spred"), "placement is 'spred', must be one of cost, spread"),
     (Given(router="OURS\nmax_imbalance: 8"), "kvshare's router knows no key max_imbalance"),
     (
@@ -193,6 +250,9 @@ ERRORS = [
     # peer to peer
     (env("p2p", LOCAL_CPU="false"), "with local_cpu: false LMCache keeps nothing that other replicas could read"),
     (env("p2p", RETRIEVE_LOCATIONS="LocalCPUBackend"), "leaves P2PBackend out"),
+    (env("p2p", CONTROLLER_PULL_URL="[::1]:8300"), "lmcache_controller and the engines that ask it have no IPv6"),
+    (env("p2p", P2P_INIT_PORTS="-1,-2"), "LMCACHE_P2P_INIT_PORTS is [-1, -2], must be from 0 to 65535"),
+    (env("p2p", TRANSFER_CHANNEL="nixxl"), "transfer_channel nixxl is not one through which LMCache's P2P works"),
     # multi-process
     (mp(prot=1), "LMCacheMPConnector knows no key lmcache.mp.prot (did you mean lmcache.mp.port?)"),
     (mp(mq_timeout="soon"), "lmcache.mp.mq_timeout is 'soon', must be a number of seconds above 0"),
@@ -200,7 +260,7 @@ ERRORS = [
     (mp(server_urls="a:1,b:1"), "names 2 servers, kvshare knows one per host"),
     (mp(server_urls="lm://a:1"), "the mp backend needs tcp://HOST:PORT"),
     (mp(host="127.0.0.1", port=1), "lmcache server at 127.0.0.1:1 does not answer"),
-    (mp(server_urls="[::1]:1"), "lmcache server at [::1]:1 does not answer"),
+    (mp(server_urls="[::1]:1"), "lmcache server and the engines that ask it have no IPv6, ::1 is that"),
 ]
 
 WARNINGS = [
@@ -210,8 +270,12 @@ WARNINGS = [
     (env(SAVE_DECODE_CACHE="true"), "LMCACHE_SAVE_DECODE_CACHE: True is not known to work with kvshare"),
     (env(PRIORITY_LIMIT="3"), "LMCACHE_PRIORITY_LIMIT: 3 is not known to work"),
     (env(EXTRA_CONFIG='{"lookup_unpinned": true}'), "lookup_unpinned is not known to work with kvshare"),
+    (Given(yaml=P2P.read_text()), "enable_p2p: true beside a remote server is not known to work"),
     (env(QQQQQQQQ="1"), "LMCache does not read LMCACHE_QQQQQQQQ: correct or unset it"),
-    (env(REMOTE_URL="fs:///tmp/kv"), "fs:///tmp/kv is not known to work with kvshare: only lm:// is"),
+    (
+        env(REMOTE_URL="fs://localhost:1/tmp/kv"),
+        "fs://localhost:1/tmp/kv is not known to work with kvshare: only lm:// is",
+    ),
     (env(REMOTE_STORAGE_PLUGINS="fs"), "plugin://fs is not known to work with kvshare: only lm:// is"),
     (
         verl("trainer.v1.trainer_mode=colocate_async", device="cpu"),
@@ -231,14 +295,20 @@ WORKS = [
     ),
     (verl(*SEPARATE), "replicas", "8 replicas of 1 cuda (2 hybrid, 6 standalone)"),
     (verl(*SEPARATE, "actor_rollout_ref.hybrid_engine=false"), "replicas", "6 replicas of 1 cuda (6 stand"),
-    (verl("+rollout.nnodes=1", "+rollout.n_gpus_per_node=6"), "replicas", "6 replicas of 1 cuda (6 standalone)"),
+    (own_main("one_step_off"), "replicas", "6 replicas of 1 cuda (6 standalone)"),
+    (own_main("fully_async", *FULLY), "replicas", "6 replicas of 1 cuda (6 standalone)"),
+    (
+        own_main("fully_async", *FULLY, "async_training.use_trainer_do_validate=true"),
+        "replicas",
+        "8 replicas of 1 cuda (2 hybrid, 6 standalone)",
+    ),
     (verl(f"{KV}.kv_cache_dtype=fp8", f"{ROLLOUT}.dtype=bfloat16"), "engine", "KV in fp8, 1 bytes an element"),
     (verl(f"{ROLLOUT}.dtype=bfloat16"), "engine", "blocks of 16 tokens, KV in bfloat16, 2 bytes"),
     (verl(f"{ROLLOUT}.dtype=float16", f"{KV}.block_size=64"), "engine", "blocks of 64 tokens, KV in float16"),
     (Given(yaml='chunk_size: "128"'), "settings", "chunk_size 128"),
     (env(CHUNK_SIZE="'128'"), "settings", "chunk_size 128"),
     (extra(max_local_cpu_size="0.5", cache_policy="LRU"), "settings", "chunk_size 256"),
-    (env("p2p", CONTROLLER_PULL_URL="[::1]:8300", P2P_INIT_PORTS="9960,9961"), "settings", "chunk_size 256"),
+    (env("p2p", P2P_INIT_PORTS="9960,9961"), "settings", "chunk_size 256"),
     (Given(yaml=P2P.read_text() + "\np2p_init_ports: 9960\n", backend="p2p"), "settings", "chunk_size 256"),
     (Given(connector={"kv_connector": "LMCacheConnectorV1Dynamic", "kv_connector_module_path":
         "lmcache.integration.vllm.lmcache_connector_v1"}), "connector", "LMCacheConnectorV1Dynamic"),
@@ -305,3 +375,51 @@ def test_works(make, given, row, words):
         for check in stage:
             assert list(check(made)) == []
     assert words in made.facts[row]
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [((), 4), ((f"{ROLLOUT}.dtype=bfloat16",), 2), ((f"{KV}.kv_cache_dtype=fp8",), 1)]
+)
+def test_forecast_counts_bytes_as_vllm_stores_them(make, model, given, size):
+    made = make(verl(f"{ROLLOUT}.dtype=float32", *given))
+    for stage in list(preflight.STAGES.values())[1:-1]:
+        for check in stage:
+            assert list(check(made)) == []
+    shape = json.loads((model / "config.json").read_text())
+    head = shape["hidden_size"] // shape["num_attention_heads"]
+    assert preflight.memory.recipe(made).token_bytes == (
+        2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * size
+    )
+
+
+@pytest.mark.parametrize("ends", [["parquet"], ["jsonl"], ["json"], ["jsonl", "parquet"]])
+def test_data_is_read_as_verl_reads_it(make, data, tmp_path, ends):
+    """A file, or a list of them, of each kind that verl reads."""
+    rows = datasets.load_dataset("parquet", data_files=str(data / "train.parquet"), split="train")
+    rows.to_parquet(tmp_path / "it's.parquet")
+    for end in ("json", "jsonl"):
+        rows.to_json(tmp_path / f"it's.{end}")
+    files = ",".join(quote(str(tmp_path / f"it's.{end}")) for end in ends)
+    given = f"data.train_files={files}" if len(ends) == 1 else f"data.train_files=[{files}]"
+    made = make(verl(given, "data.train_max_samples=-1", device="cpu"))
+    assert preflight.errors(preflight.run(made)) == []
+    assert made.forecast.of == len(ends) * len(rows)
+
+
+def test_files_that_do_not_go_together(make, data, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"prompt": 7}\n')
+    made = make(verl(f"data.train_files=[{data}/train.parquet,{tmp_path}/other.jsonl]", device="cpu"))
+    found = preflight.errors(preflight.run(made))
+    assert len(found) == 1, found
+    assert found[0].startswith("verl cannot read data.train_files (The features can't be aligned")
+
+
+def test_step_of_fully_async_is_what_it_trains_on_between_two_weight_updates(make):
+    given = ("async_training.require_batches=2", "async_training.trigger_parameter_sync_step=2")
+    made = make(own_main("fully_async", *FULLY, *given))
+    for stage in list(preflight.STAGES.values())[1:-1]:
+        for check in stage:
+            assert list(check(made)) == []
+    steps, _ = preflight.memory.prompts.steps(made)
+    assert {len(step) for step in steps} == {2 * 2 * 2}  # with a ppo_mini_batch_size of 2
+    assert made.workers_a_node == 3

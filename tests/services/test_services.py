@@ -90,6 +90,8 @@ def test_fails_at_once_with_the_end_of_the_log(folder):
     [
         (("--backend", "smb"), "--backend smb: must be one of remote, p2p"),
         (("--backend", "remote", "--host", "203.0.113.9"), "cannot listen on 203.0.113.9"),
+        (("--backend", "mp", "--host", "::1"), "lmcache server and the engines that ask it have no IPv6"),
+        (("--backend", "p2p", "--host", "::"), "lmcache_controller and the engines that ask it have no IPv6"),
         (("--backend", "remote", "--folder", "/proc/services"), "cannot write to /proc/services"),
     ],
 )

@@ -4,7 +4,7 @@ The counters of vLLM and LMCache count lookups, so a failed load counts as a hit
 from the replica's own. These events name the keys, so the report can:
 
 * ``ready``: the LMCache engine of the worker with this ``rank`` in the replica has started and has its storage. In
-  degraded mode, this event never comes.
+  degraded mode, this event never comes. If a remote storage connects later, it comes with the next store.
 * ``store``: the keys that a store() call has put.
 * ``stored``: all these keys have arrived, and with P2P the controller lists them. Other replicas can find the
   request's first ``end`` tokens now. ``end`` is 0 if they cannot: a put has failed, local memory was lacking, or the
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -38,9 +39,13 @@ UNSEEN = "LMCache's stores and loads are not recorded, and the report calls the 
 
 @optional(UNSEEN)
 def patch_cache_engine(module: Any) -> None:
-    wrap(module, "LMCacheEngine.post_init", _post_init, "self")
     wrap(module, "LMCacheEngine.store", _store, "tokens", "mask")
     wrap(module, "LMCacheEngine.retrieve", _retrieve, "tokens", "mask")
+
+
+@optional(UNSEEN)
+def patch_manager(module: Any) -> None:
+    wrap(module, "LMCacheManager.post_init", _post_init, "self")
 
 
 @optional(UNSEEN)
@@ -69,12 +74,23 @@ def take_loaded() -> int:
     return loaded
 
 
-def _post_init(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any:
+_ready: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Engines whose ``ready`` has been sent."""
+
+
+def _post_init(wrapped: Any, manager: Any, args: tuple, kwargs: dict) -> Any:
+    """The manager's, because it puts the engine into degraded mode if anything fails, also after the engine's own."""
     result = wrapped(*args, **kwargs)
-    if _has_storage(engine):
+    if manager.lmcache_engine is not None:  # None in the scheduler, and if the engine could not be made
+        _say_ready(manager.lmcache_engine)
+    return result
+
+
+def _say_ready(engine: Any) -> None:
+    if engine not in _ready and _has_storage(engine):
+        _ready.add(engine)
         metadata = engine.metadata
         _send("ready", rank=rank_in_replica(metadata.engine_id, metadata.world_size, metadata.worker_id))
-    return result
 
 
 def _has_storage(engine: Any) -> bool:
@@ -95,6 +111,7 @@ def _store_pipeline(wrapped: Any, engine: Any, args: tuple, kwargs: dict) -> Any
 
 
 def _report_store(engine: Any, store: Callable[[], Any], args: tuple, kwargs: dict) -> Any:
+    _say_ready(engine)
     if not _reports(engine):
         return store()
     puts = Puts.current.value = Puts()

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from omegaconf.errors import MissingMandatoryValue
+
 from kvshare.core import versions
 from kvshare.core.errors import UserError
 from kvshare.core.job import Job as Job
@@ -111,6 +113,9 @@ def _run(check: Check, job: Job, level: str) -> list[Finding]:
     except UserError as error:
         level = "error"
         lines.append(str(error))
+    except MissingMandatoryValue as error:  # "???" in verl's config
+        level = "error"
+        lines.append(f"{one_line(error)}: set it")
     except Exception as error:  # a value that the check does not expect
         lines.append(f"check of {name} failed: {type(error).__name__}: {one_line(error)}")
     found = [Finding(level, name, line) for line in lines] or [Finding("ok", name, job.facts.get(name, ""))]

@@ -8,6 +8,8 @@ import io
 from collections.abc import Iterator
 from typing import Any, cast
 
+from pydantic import ValidationError
+
 from kvshare.core import ascend
 from kvshare.core.job import Job, one_line
 
@@ -29,14 +31,19 @@ ROLES = {
 def engine(job: Job) -> Iterator[str]:
     """Let verl's rollout server make vLLM's arguments, and vLLM parse them."""
     from verl.utils.config import omega_conf_to_dataclass
+    from vllm.config import CacheConfig
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             job.model = omega_conf_to_dataclass(job.config.actor_rollout_ref.model)
             job.engine = parsed_by_vllm(job)
+            CacheConfig(gpu_memory_utilization=job.engine.gpu_memory_utilization)
     except SystemExit:  # from argparse, which has written why
         yield f"vLLM refuses what verl gives it: {_reason(said.getvalue())}: correct rollout.engine_kwargs.vllm"
+        return
+    except ValidationError as error:
+        yield f"vLLM refuses what verl gives it: {_reason(str(error))}: correct it"
         return
     except Exception as error:
         yield f"verl's vLLM server does not start: {one_line(error)}: correct it"
@@ -105,6 +112,9 @@ def connector(job: Job) -> Iterator[str]:
     outer = job.engine.kv_transfer_config
     if outer is None:
         yield "kv_transfer_config is not set, so nothing would be shared: add the lines of kvshare overrides"
+        return
+    if not outer.kv_connector:
+        yield f"kv_transfer_config has no kv_connector, so nothing would be shared: add {CONNECTORS[job.device][0]}"
         return
     try:
         job.connectors = [child for child in _children(outer) if str(child.kv_connector).startswith("LMCache")]

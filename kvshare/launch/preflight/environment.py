@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from kvshare.core import freshness
 from kvshare.core.job import Job
 from kvshare.core.lmcache_settings import NOT_SETTINGS
 from kvshare.core.secrets import is_secret
@@ -20,6 +21,7 @@ FORWARDED = {"VERL_FULL_DETERMINISM", "VLLM_BATCH_INVARIANT", "VERL_RL_INSIGHT_E
 
 
 def environment(job: Job) -> Iterator[str]:
+    freshness.of(os.environ)
     if not os.environ.get("PYTHONHASHSEED", "").isdigit():
         yield "PYTHONHASHSEED is not a number: chunk hashes would differ between processes: export PYTHONHASHSEED=0"
 

@@ -54,7 +54,7 @@ def host_memory(job: Job) -> Iterator[str]:
 
     parts = estimate(job, training(job))
     needed, used = sum(parts.values()), get_used_memory()
-    limit = get_system_memory() * float(os.environ.get(THRESHOLD, 0.95))
+    limit = get_system_memory() * _number(THRESHOLD, 0.95)
     what = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
     job.facts["host_memory"] = f"about {needed / GIB:.1f} GiB ({what}), {limit / GIB:.1f} may be used"
     line = f"the run takes about {needed / GIB:.1f} GiB of host memory ({what}), Ray kills it above {limit / GIB:.1f}"
@@ -142,10 +142,17 @@ def _kv_pool(job: Job) -> float:
     """Bytes of the KV pool of an engine's worker. Without a size vLLM takes a fraction of the memory."""
     from ray._private.utils import get_system_memory
 
-    if space := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return float(space) * GIB
+    if space := _number("VLLM_CPU_KVCACHE_SPACE", 0):
+        return space * GIB
     given = job.rollout.engine_kwargs.vllm.get("kv_cache_memory_bytes")
     return given or job.rollout.gpu_memory_utilization * get_system_memory()
+
+
+def _number(variable: str, default: float) -> float:
+    try:
+        return float(os.environ.get(variable) or default)
+    except ValueError:
+        raise UserError(f"{variable}={os.environ[variable]} is not a number: correct or unset it") from None
 
 
 def _lmcache(job: Job) -> float:

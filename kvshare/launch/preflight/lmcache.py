@@ -118,6 +118,9 @@ def _extra(job: Job, extra: dict[str, Any], definitions: lmcache_settings.Defini
             if not key.startswith(MP_EXTRA):
                 yield f"{where}: LMCacheMPConnector does not read {key}: remove it, or set it in the LMCache config"
         return
+    for key in extra.keys() - ours.keys():
+        if (name := key.removeprefix("lmcache_")) in definitions:
+            yield f"{where}: LMCache does not read {key}, it would read {EXTRA}{name}: correct it"
     config = {key.removeprefix(EXTRA): value for key, value in ours.items()}
     config = {key: value for key, value in config.items() if key not in NOT_CONFIG}
     yield from lmcache_settings.mistakes(config, definitions, where)

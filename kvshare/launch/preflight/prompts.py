@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from kvshare.core.errors import UserError
-from kvshare.core.job import Job
+from kvshare.core.job import Job, one_line
 
 ENOUGH = 1_000_000
 """Tokens after which no further step is read. Tokenizing so many takes seconds."""
@@ -19,7 +19,8 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     """Prompts of the first steps as token ids, and the number of prompts in the data.
 
     Raises:
-        UserError: there are too few prompts for one step. verl would fail with a ZeroDivisionError.
+        UserError: verl cannot read the data, or there are too few prompts for one step, with which it would fail with
+            a ZeroDivisionError.
     """
     from datasets import disable_progress_bars
     from omegaconf import OmegaConf
@@ -29,10 +30,12 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     # Filtering would tokenize the whole data set.
     data: Any = OmegaConf.merge(job.config.data, {"filter_overlong_prompts": False})
     disable_progress_bars()
-    with contextlib.redirect_stdout(io.StringIO()):  # verl prints while reading
-        dataset = create_rl_dataset(
-            data.train_files, data, model.tokenizer, model.processor, max_samples=data.get("train_max_samples", -1)
-        )
+    most = data.get("train_max_samples", -1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # verl prints while reading
+            dataset = create_rl_dataset(data.train_files, data, model.tokenizer, model.processor, max_samples=most)
+    except Exception as error:  # e.g. files whose columns differ in type
+        raise UserError(f"verl cannot read data.train_files ({one_line(error)}): correct them") from None
     size = data.train_batch_size or _batch_of_fully_async(job)
     found: list[list[list[int]]] = []
     left = 0
@@ -50,7 +53,10 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
 
 
 def _batch_of_fully_async(job: Job) -> int:
-    """Prompts between two updates of verl's fully async trainer, whose train_batch_size is 0."""
+    """Prompts between two weight updates of verl's fully async trainer, whose train_batch_size is 0.
+
+    Its own words for them are required_samples * trigger_parameter_sync_step (FullyAsyncRollouter).
+    """
     asynchronous = job.config.async_training
     mini = job.config.actor_rollout_ref.actor.ppo_mini_batch_size
     return mini * asynchronous.require_batches * asynchronous.trigger_parameter_sync_step

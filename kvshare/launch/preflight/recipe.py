@@ -157,6 +157,8 @@ def router(job: Job) -> Iterator[str]:
     except Exception as error:
         yield f"{path}: router_class {settings['router_class']} cannot be loaded ({one_line(error)}): correct it"
         return
+    if not callable(found):
+        yield f"{path}: router_class {settings['router_class']} is not a class: correct it"
     if getattr(found, "__module__", "").startswith("kvshare."):
         yield from (f"{path}: {line}" for line in router_mistakes(settings, found.__module__))
     if job.rollout.full_determinism and not settings.get("full_determinism"):
@@ -208,7 +210,7 @@ def router_mistakes(settings: dict[Any, Any], module: str) -> Iterator[str]:
             yield f"placement is {value!r}, must be one of {', '.join(PLACEMENTS)}: correct it"
         elif key == "full_determinism" and not isinstance(value, bool):
             yield f"full_determinism is {value!r}, must be true or false: correct it"
-        elif key in ("chunk_size", "max_imbalance") and value is not None and not (number and value == int(value) > 0):
+        elif key in ("chunk_size", "max_imbalance") and value is not None and not (type(value) is int and value > 0):
             yield f"{key} is {value!r}, must be an integer above 0: correct it"
 
 

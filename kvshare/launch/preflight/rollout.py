@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from kvshare.core.job import Job, one_line
+from kvshare.core.lmcache_settings import near
 from kvshare.launch.preflight.environment import ray_address
 
 TRIED = "sync"
@@ -30,9 +33,20 @@ def verl(job: Job) -> Iterator[str]:
             "kv_transfer_config, and nothing would be shared: set it to false"
         )
         return
+    if wrong := [*_numbers(job), *_unread(rollout.engine_kwargs)]:
+        yield from wrong
+        return
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
+    if trainer(job) in OWN_MAIN:  # their mains do this first
+        rollout.nnodes, rollout.n_gpus_per_node = job.config.rollout.nnodes, job.config.rollout.n_gpus_per_node
+        if job.config.actor_rollout_ref.hybrid_engine:
+            yield f"verl's {trainer(job)} trainer asserts actor_rollout_ref.hybrid_engine=false: set it"
+    if trainer(job) == "fully_async":
+        for key, wanted in (("train_batch_size", 0), ("gen_batch_size", 1)):  # FullyAsyncRollouter.__init__
+            if job.config.data[key] != wanted:
+                yield f"verl's fully_async trainer asserts data.{key}={wanted}, it is {job.config.data[key]}: set it"
     try:
         omega_conf_to_dataclass(rollout)
         omega_conf_to_dataclass(job.config.algorithm)
@@ -43,8 +57,35 @@ def verl(job: Job) -> Iterator[str]:
         yield f"verl refuses the config: {one_line(error)}: correct it"
 
 
+COUNTS = (
+    *("actor_rollout_ref.rollout.n", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
+    *("actor_rollout_ref.rollout.data_parallel_size", "data.max_prompt_length", "data.max_response_length"),
+)
+
+
+def _numbers(job: Job) -> Iterator[str]:
+    for key in COUNTS:
+        value = OmegaConf.select(job.config, key)
+        if not isinstance(value, int) or value < 1:
+            yield f"{key} is {value!r}, must be an integer of at least 1: correct it"
+
+
+def _unread(engine_kwargs: Any) -> Iterator[str]:
+    """Each key that verl does not read: one that is not the name of a rollout engine."""
+    for name in engine_kwargs or {}:
+        if name not in ENGINES:
+            yield f"rollout.engine_kwargs has no {name}{near(name, ENGINES)}, verl ignores it: correct it"
+
+
+ENGINES = ("vllm", "sglang", "trtllm")
+
+
+OWN_MAIN = ("fully_async", "one_step_off")
+"""Trainers of verl with a main of their own, known by their configs."""
+
+
 def trainer(job: Job) -> str:
-    """Which of verl's trainers runs the job. Two have a main of their own, and are known by their configs."""
+    """Which of verl's trainers runs the job."""
     if "async_training" in job.config:
         return "fully_async"
     if "rollout" in job.config:
@@ -60,8 +101,7 @@ def pools(job: Job) -> dict[str, tuple[int, int]]:
     """
     config, kind = job.config, trainer(job)
     training = {"hybrid": (config.trainer.nnodes, config.trainer.n_gpus_per_node)}
-    pool = config.rollout if kind in ("one_step_off", "fully_async") else job.rollout
-    standalone = {"standalone": (pool.nnodes, pool.n_gpus_per_node)}
+    standalone = {"standalone": (job.rollout.nnodes, job.rollout.n_gpus_per_node)}
     if kind == "one_step_off":
         return standalone
     if kind == "fully_async":
@@ -76,9 +116,6 @@ def pools(job: Job) -> dict[str, tuple[int, int]]:
 def replicas(job: Job) -> Iterator[str]:
     """Let verl's LLMServerManager make its replicas, without starting them."""
     size = job.rollout.tensor_model_parallel_size * job.rollout.data_parallel_size
-    if size < 1:
-        yield f"a replica would have {size} devices: set tensor_model_parallel_size and data_parallel_size to 1 or more"
-        return
     found = {name: pool for name, pool in pools(job).items() if pool[0]}
     for name, (nodes, devices) in found.items():
         if nodes * devices < size or nodes * devices % size:
@@ -117,10 +154,7 @@ def made_by_verl(config: Any, found: dict[str, tuple[int, int]]) -> list[Any]:
         rollout_replica_class = Replica  # verl's hook for recipes
 
     config = copy.deepcopy(config)
-    rollout = config.actor_rollout_ref.rollout
-    rollout.prometheus.enable = False  # verl would write Prometheus' config file
-    if "standalone" in found:
-        rollout.nnodes, rollout.n_gpus_per_node = found["standalone"]
+    config.actor_rollout_ref.rollout.prometheus.enable = False  # verl would write Prometheus' config file
     made: list[Any] = []
     with contextlib.redirect_stdout(io.StringIO()):
         for name, (nodes, devices) in found.items():

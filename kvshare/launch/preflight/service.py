@@ -34,3 +34,7 @@ def untried(job: Job) -> Iterator[str]:
         for url in remote.urls(job):
             if not url.startswith("lm://"):
                 yield f"{url} is not known to work with kvshare: only lm:// is (kvshare server, lmcache_server)"
+        if job.lmcache.enable_p2p:
+            yield "enable_p2p: true beside a remote server is not known to work: use one of the two"
+    if job.shares and job.backend == "p2p" and job.lmcache.remote_url:
+        yield f"remote_url {job.lmcache.remote_url} beside P2P is not known to work: use one of the two"

@@ -8,6 +8,7 @@ from kvshare.core import ports
 from kvshare.services.backends import mp, p2p, remote
 from kvshare.services.backends.interface import Backend as Backend
 from kvshare.services.backends.interface import Exports
+from kvshare.services.health import ipv4_only
 
 BACKENDS = {"remote": remote.BACKEND, "p2p": p2p.BACKEND, "mp": mp.BACKEND}
 
@@ -19,6 +20,8 @@ def place(backend: Backend, listen: str, folder: Path) -> tuple[list[str], Expor
         listen: address of this host, e.g. 127.0.0.1; 0.0.0.0 for all of them.
         folder: folder for the files of the service.
     """
+    if backend is not remote.BACKEND:
+        ipv4_only(backend.service, listen)
     found = ports.free_ports(listen, backend.ports)
     host = ports.own_address() if listen in ("0.0.0.0", "::") else listen
     return backend.command(listen, found, folder.resolve()), backend.exports(host, found, folder.resolve())

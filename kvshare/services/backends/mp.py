@@ -15,7 +15,6 @@ import psutil
 from kvshare.core import lmcache_settings
 from kvshare.core.errors import UserError
 from kvshare.core.job import Job
-from kvshare.core.ports import in_url
 from kvshare.services import health
 from kvshare.services.backends.interface import Backend, Exports, Ports
 
@@ -120,7 +119,7 @@ def _check_memory(gib: Any) -> None:
 
 
 def _exports(host: str, ports: Ports, folder: Path) -> Exports:
-    return {"LMCACHE_REMOTE_URL": f"tcp://{in_url(host)}:{ports['server']}"}
+    return {"LMCACHE_REMOTE_URL": f"tcp://{host}:{ports['server']}"}
 
 
 BACKEND = Backend(

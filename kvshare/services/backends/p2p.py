@@ -27,6 +27,8 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
             yield f"{key} {value} leaves {needed} out, so nothing would be shared: remove it"
     if job.device != "npu" and not job.lmcache.enable_async_loading:
         yield f"{path}: without enable_async_loading: true LMCache never asks the other replicas: set it"
+    if job.device != "npu" and channel != "nixl":
+        yield f"transfer_channel {channel} is not one through which LMCache's P2P works: set it to nixl"
     if job.device == "npu" and channel not in ascend.TRANSFER_CHANNELS:
         known = " or ".join(ascend.TRANSFER_CHANNELS)
         yield f"transfer_channel {channel} is not one LMCache-Ascend knows: set it to {known}"
@@ -62,8 +64,8 @@ def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
 
 def _exports(host: str, ports: Ports, folder: Path) -> Exports:
     return {
-        "LMCACHE_CONTROLLER_PULL_URL": f"{host_ports.in_url(host)}:{ports['pull']}",
-        "LMCACHE_CONTROLLER_REPLY_URL": f"{host_ports.in_url(host)}:{ports['reply']}",
+        "LMCACHE_CONTROLLER_PULL_URL": f"{host}:{ports['pull']}",
+        "LMCACHE_CONTROLLER_REPLY_URL": f"{host}:{ports['reply']}",
     }
 
 

@@ -16,6 +16,9 @@ from kvshare.services.backends.interface import Backend, Exports, Ports
 KEEP_NOTHING = ("blackhole", "mock", "plugin://mock")
 """Schemes of LMCache's connectors for its own tests. What one replica stores, no other finds."""
 
+PARSED = ("fs", "redis", "valkey", "infinistore")
+"""Schemes of other connectors that assert host and port (parse_remote_url), ``fs`` too: fs://localhost:1/folder."""
+
 
 def urls(job: Job) -> list[str]:
     """The URLs for which LMCache makes a remote backend: remote_url, and one for each of remote_storage_plugins."""
@@ -52,6 +55,8 @@ def _url(job: Job, url: str) -> Iterator[str]:
         yield f"LMCache has no connector for remote_url {url}, it would run degraded and share nothing: use lm://HOST:PORT"
     elif scheme in KEEP_NOTHING or url in KEEP_NOTHING:
         yield f"remote_url {url} is for LMCache's own tests and shares nothing: use lm://HOST:PORT"
+    elif scheme in PARSED:
+        health.host_and_port(url)
     elif scheme == "lm":
         health.host_and_port(url)
         yield from _key(job)
@@ -77,7 +82,7 @@ def _running(job: Job) -> Iterator[str]:
         if url.startswith("lm://"):
             told.append("lmcache_server at " + health.check_lmcache_server(url))
         else:
-            told.append(f"{url}, {health.reach(url)}")
+            told.append(f"{url}, {'a folder' if url.startswith('fs://') else health.reach(url)}")
     job.facts["service"] = ", ".join(told)
     yield from ()
 
