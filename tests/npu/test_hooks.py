@@ -91,7 +91,6 @@ def test_lmcache_ascend_goes_around_none_of_them(wraps, lmcache_ascend):
         "__init__",
         "__init__",
         "batched_get_non_blocking",
-        "post_init",
         "request_finished",
         "retrieve",
         "start_load_kv",

@@ -16,8 +16,8 @@ from kvshare.services.backends.interface import Backend, Exports, Ports
 KEEP_NOTHING = ("blackhole", "mock", "plugin://mock")
 """Schemes of LMCache's connectors for its own tests. What one replica stores, no other finds."""
 
-PARSED = ("fs", "redis", "valkey", "infinistore")
-"""Schemes of other connectors that assert host and port (parse_remote_url), ``fs`` too: fs://localhost:1/folder."""
+PARSED = ("lm", "fs", "redis", "valkey", "infinistore")
+"""Schemes of connectors that want host and port (parse_remote_url), ``fs`` too: fs://localhost:1/folder."""
 
 
 def urls(job: Job) -> list[str]:
@@ -57,9 +57,8 @@ def _url(job: Job, url: str) -> Iterator[str]:
         yield f"remote_url {url} is for LMCache's own tests and shares nothing: use lm://HOST:PORT"
     elif scheme in PARSED:
         health.host_and_port(url)
-    elif scheme == "lm":
-        health.host_and_port(url)
-        yield from _key(job)
+        if scheme == "lm":
+            yield from _key(job)
 
 
 def _key(job: Job) -> Iterator[str]:
