@@ -47,6 +47,7 @@ def untried(job: Job) -> Iterator[str]:
 STAGES: dict[str, tuple[Check, ...]] = {
     "packages": (packages.packages,),
     "verl's config and LMCache's settings": (recipe.config, lmcache.written),
+    "numbers of the rollout": (rollout.numbers,),
     "verl's objects": (rollout.verl, rollout.replicas, recipe.model),
     "vLLM's arguments": (engine.engine,),
     "vLLM's connector": (engine.connector,),

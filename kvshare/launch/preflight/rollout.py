@@ -33,7 +33,7 @@ def verl(job: Job) -> Iterator[str]:
             "kv_transfer_config, and nothing would be shared: set it to false"
         )
         return
-    if wrong := [*_numbers(job), *_unread(rollout.engine_kwargs)]:
+    if wrong := list(_unread(rollout.engine_kwargs)):
         yield from wrong
         return
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -63,7 +63,8 @@ COUNTS = (
 )
 
 
-def _numbers(job: Job) -> Iterator[str]:
+def numbers(job: Job) -> Iterator[str]:
+    """Check the numbers that verl and the later checks calculate with: verl does not, and then fails anywhere."""
     for key in COUNTS:
         value = OmegaConf.select(job.config, key)
         if not isinstance(value, int) or value < 1:
