@@ -101,7 +101,7 @@ class Routing(Event):
     move_seconds: float = 0.0
     saved_seconds: float = 0.0
     break_even_tokens: int | None = None
-    silent: tuple[int, ...] = ()  # replicas that the router hears nothing of
+    silent: list[int] = []  # replicas that the router hears nothing of
 
 
 class Step(Event):

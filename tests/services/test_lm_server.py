@@ -1,6 +1,7 @@
 """A real ``kvshare server``, LMCache's real messages, and clients that are nobody's friends."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import random
@@ -23,7 +24,6 @@ from hypothesis import strategies as st
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, ServerMetaMessage, ServerReturnCode
-from lmcache.v1.storage_backend.connector.lm_connector import LMCServerConnector
 from waiting import STUCK, until
 
 from kvshare.core import ports, shared_memory
@@ -171,8 +171,18 @@ def test_entry_comes_back_as_it_was(client):
     assert client.get(1) == b"new"
 
 
+def _lmcaches_own_connector() -> type:
+    """The class as LMCache has it: kvshare's replaces it in its module."""
+    from lmcache.v1.storage_backend.connector import lm_connector
+
+    spec = importlib.util.spec_from_file_location("lmcaches_own", lm_connector.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LMCServerConnector
+
+
 def test_lmcaches_own_connector(running):
-    """What a vLLM replica uses; its buffers are the only thing made up here."""
+    """What a vLLM replica without the plugin uses; its buffers are the only thing made up here."""
     tensor = torch.arange(2 * 3 * 4 * 5, dtype=torch.bfloat16).reshape(SHAPE)
 
     def memory(content: torch.Tensor) -> SimpleNamespace:
@@ -198,7 +208,7 @@ def test_lmcaches_own_connector(running):
     )
 
     async def use() -> None:
-        connector = LMCServerConnector("127.0.0.1", running.port, asyncio.get_running_loop(), backend)
+        connector = _lmcaches_own_connector()("127.0.0.1", running.port, asyncio.get_running_loop(), backend)
         assert not await connector.exists(_key(77))
         assert await connector.get(_key(77)) is None
         await connector.put(_key(77), memory(tensor))
