@@ -238,6 +238,7 @@ def test_port_is_taken_by_something_else(job, environment):
 
 def test_controller_is_not_up(job, environment):
     environment.setenv("LMCACHE_CONFIG_FILE", str(P2P))
+    environment.setenv("LMCACHE_TRANSFER_CHANNEL", "nixl")  # as the launchers do
     environment.setenv("LMCACHE_CONTROLLER_PULL_URL", f"localhost:{ports.free_port()}")
     (error,) = errors(job(backend="p2p"))
     assert "lmcache_controller's pull port" in error
@@ -247,6 +248,7 @@ def test_controller_is_not_up(job, environment):
 def test_zmq_that_is_not_the_controller(job, environment):
     """Its sockets greet as the controller's do."""
     environment.setenv("LMCACHE_CONFIG_FILE", str(P2P))
+    environment.setenv("LMCACHE_TRANSFER_CHANNEL", "nixl")  # as the launchers do
     environment.setattr(health, "TIMEOUT", 3)
     with zmq.Context() as context, context.socket(zmq.PULL) as pull, context.socket(zmq.ROUTER) as reply:
         ports = [socket.bind_to_random_port("tcp://127.0.0.1") for socket in (pull, reply)]
