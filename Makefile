@@ -37,7 +37,7 @@ test: .venv/dev
 	$(BIN)/pytest
 	$(BIN)/pytest --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_faults.py -k "not (stopped or restarted)"
 
-# Under verl: the A/B test of docs/freshness.md (12 minutes), PPO with a critic, and the mp backend.
+# Under verl: the A/B test of docs/freshness.md (17 minutes), PPO with a critic, and the mp backend.
 freshness: .venv/dev
 	$(BIN)/pytest -s tests/long/freshness.py
 	$(BIN)/pytest -s -m slow tests/launch/test_training.py tests/hooks/test_live_engines.py

@@ -1,4 +1,4 @@
-"""The A/B of docs/freshness.md (`make freshness`, about 12 minutes): is staleness visible under verl, and is it gone?
+"""The A/B of docs/freshness.md (`make freshness`, about 17 minutes): is staleness visible under verl, and is it gone?
 
 Three GRPO runs on the same seed, data and lmcache_server, two replicas each: no connector (the noise
 floor), LMCache's keys as they are upstream, and kvshare's. Ours also validates, and resumes from a
