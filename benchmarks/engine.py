@@ -11,11 +11,9 @@ import itertools
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
-from kvshare.routing.cost_model import Pace, Rates
-from kvshare.routing.prefixes import Prefill, StoredPrefixes
+from kvshare.routing.prefixes import Prefill
+from kvshare.tools.bench.steady_server import POLICY, SteadyServer
 
 CHUNK = 256  # tokens; also the granularity of the engine's prefix cache here
 BUDGET = 8192  # tokens a step, vLLM's default on an H100
@@ -26,7 +24,6 @@ LOAD = 500_000  # tokens a second from LMCache's server, in the background
 DELAY = 0.08  # seconds from the end of a prefill until others find it
 STEP, CONTEXT = 0.0061, 16e-9  # seconds of a decode step, and more for each token of KV that it reads; fitted
 RECEIVE, RECEIVE_TOKEN = 0.002, 0.3e-6  # seconds of the API server for a request, and for each of its tokens
-POLICY = "run-1"
 
 
 @dataclass(eq=False)
@@ -75,7 +72,7 @@ class Cache:
                 self._free[chunk] = None
 
 
-class Engine:
+class Engine(SteadyServer):
     """A rollout server (``KVShareServer``) with its engine.
 
     Args:
@@ -85,12 +82,11 @@ class Engine:
     """
 
     def __init__(self, stored: set[str] | None, pool: int = POOL, sequences: int = SEQUENCES) -> None:
+        super().__init__(stall=0.0)
         self.computed = 0  # tokens
         self._stored, self._cache, self._sequences = stored, Cache(pool), sequences
         self._waiting, self._running = deque[Request](), list[Request]()
         self._arrived, self._received = asyncio.Event(), 0.0
-        self._prefixes, self._rates = StoredPrefixes(), Rates()
-        self._rates.stall = 0.0
         self._task = asyncio.ensure_future(self._loop())
 
     def know(self, chunks: Iterable[str]) -> None:
@@ -98,21 +94,6 @@ class Engine:
         chunks = list(dict.fromkeys(chunks))
         self._cache.pin(chunks)
         self._cache.unpin(chunks)
-
-    # -- what the router asks -----------------------------------------------------------------
-
-    async def image_placeholders(self) -> list[int]:
-        return []
-
-    async def wait_policy_change(self, known: str | None) -> tuple[str, Pace]:
-        if known == POLICY:
-            await asyncio.Event().wait()  # never
-        return POLICY, self._rates.pace()
-
-    async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
-        return await self._prefixes.wait((policy, prefix), seconds), self._rates.pace()
-
-    # -- requests -----------------------------------------------------------------------------
 
     async def generate(self, name: str, prompt: int, chunks: list[str], answer: int) -> float:
         """Returns when the first token came."""
@@ -246,13 +227,3 @@ class Engine:
 def prefill_seconds(begin: int, end: int) -> float:
     """Seconds to compute a prompt's tokens from ``begin`` to ``end``."""
     return FIRST * (end - begin) + DEEP * (end**2 - begin**2) / 2
-
-
-class Handle:
-    """``handle.method.remote(…)``, as of a Ray actor."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self._engine, name))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from engine import CHUNK, POOL, SEQUENCES, Engine, Handle, prefill_seconds
+from engine import CHUNK, POOL, SEQUENCES, Engine, prefill_seconds
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 from virtual_time import run
 
@@ -26,6 +26,7 @@ from kvshare.routing.affinity import AffinityRouter
 from kvshare.routing.digests import chunk_digests
 from kvshare.routing.router import PrefillOnceRouter
 from kvshare.tools.bench.rollouts import lengths
+from kvshare.tools.bench.steady_server import Handle
 
 Turn = tuple[int, int, float]
 """Tokens of the prompt and of the answer, and seconds until the next turn."""

@@ -1,7 +1,6 @@
 """LMCache's own remote backend on a real server, through kvshare's lm:// client, in this process."""
 
 import threading
-import time
 
 import pytest
 from remote_cache import Cache
@@ -71,14 +70,12 @@ def test_a_put_says_whether_it_can_be_found(open_cache, backend):
     assert cache.put(range(1240, 1250))
     backend.does, backend.asked = "slow", 0
     storing = cache.start_put(range(1250, 1260))
-    while backend.asked < 3:
-        time.sleep(0.01)
+    until(lambda: backend.asked >= 3)
     backend.does = "refuse"
     assert storing.result(STUCK) is False
     assert not cache.put(range(1260, 1270))
     backend.does = "serve"
-    while not cache.put([1270]):
-        time.sleep(0.1)
+    until(lambda: cache.put([1270]))
     assert [cache.found(range(start, start + 10)) for start in (1240, 1260)] == [10, 0]
     assert cache.found(range(1250, 1260)) < 10
     assert cache.used() == 0

@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
+from kvshare.tools.bench.steady_server import POLICY
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import routing
 
@@ -46,7 +48,7 @@ class HoldAll(GlobalRequestLoadBalancer):
 
     async def _watch(self, handle, prompt):
         prefix = routing.chunk_digests(prompt, routing.CHUNK)[-1]
-        await handle.wait_prefix_stored.remote("run-1", prefix, 60)
+        await handle.wait_prefix_stored.remote(POLICY, prefix, 60)
         self._stored[prompt[0]].set_result(None)
 
 

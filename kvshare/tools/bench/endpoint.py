@@ -18,9 +18,9 @@ from kvshare.core import policy
 from kvshare.core.errors import UserError
 from kvshare.record import worker_events
 from kvshare.tools import vllm_http
+from kvshare.tools.bench.steady_server import POLICY
 
 Prompt = list[int]
-POLICY = policy.policy_id(policy.new_run(), 0)  # for all requests, because the weights do not change
 
 # Prompt tokens, each request once. vLLM's prefix_cache_hits would count a request again each time it has to wait.
 COUNTERS = {

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -15,17 +14,17 @@ from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.record import worker_events
 from kvshare.routing.affinity import AffinityRouter
-from kvshare.routing.cost_model import Pace, Rates
 from kvshare.routing.digests import chunk_digests
-from kvshare.routing.prefixes import Prefill, StoredPrefixes
+from kvshare.routing.prefixes import Prefill
 from kvshare.routing.router import PrefillOnceRouter
 from kvshare.tools.bench.asked import Asked
-from kvshare.tools.bench.endpoint import POLICY, Answer, Endpoint, Prompt, sample, unseen
+from kvshare.tools.bench.endpoint import Answer, Endpoint, Prompt, sample, unseen
 from kvshare.tools.bench.engines import Engines
+from kvshare.tools.bench.steady_server import POLICY, Handle, SteadyServer
 
 
-class Replica:
-    """An endpoint as a rollout server the router can ask (``KVShareServer``).
+class Replica(SteadyServer):
+    """An endpoint as a rollout server that the router can ask.
 
     Args:
         endpoint: the vLLM server.
@@ -37,23 +36,11 @@ class Replica:
     def __init__(
         self, endpoint: Endpoint, chunk_size: int, receiver: worker_events.Receiver | None, stall: float = 1.0
     ) -> None:
+        super().__init__(stall)
         self.endpoint = endpoint
         self._chunk_size, self._receiver = chunk_size, receiver
-        self._prefixes, self._rates = StoredPrefixes(), Rates()
-        self._rates.stall = stall
         self._computed: set[str] = set()  # digests
         self._cached: dict[str, int] = {}  # tokens, by running request
-
-    async def image_placeholders(self) -> list[int]:
-        return []
-
-    async def wait_policy_change(self, known: str | None) -> tuple[str, Pace]:
-        if known == POLICY:
-            await asyncio.Event().wait()  # never
-        return POLICY, self._rates.pace()
-
-    async def wait_prefix_stored(self, policy: str, prefix: str, seconds: float) -> tuple[bool, Pace]:
-        return await self._prefixes.wait((policy, prefix), seconds), self._rates.pace()
 
     async def ask(self, request: str, prompt: Prompt, answer: int) -> Answer:
         chunks = chunk_digests(prompt, self._chunk_size)
@@ -93,16 +80,6 @@ class Replica:
                     self._cached[request] += sum(event["tokens"])
 
 
-class _Handle:
-    """``handle.method.remote(…)``, as of a Ray actor."""
-
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self._replica, name))
-
-
 ROUTERS = {
     "verl": lambda handles, chunk: GlobalRequestLoadBalancer(handles),
     "affinity": lambda handles, chunk: AffinityRouter(handles),
@@ -113,7 +90,7 @@ ROUTERS = {
 @contextmanager
 def router(name: str, replicas: list[Replica], chunk_size: int) -> Iterator[Any]:
     """A router of replicas, which ends with the context what it has started."""
-    handles = {replica.endpoint.url: _Handle(replica) for replica in replicas}
+    handles = {replica.endpoint.url: Handle(replica) for replica in replicas}
     made = ROUTERS[name](handles, chunk_size)
     try:
         yield made
