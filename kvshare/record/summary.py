@@ -207,7 +207,7 @@ def _routing(counts: dict[str, Any]) -> str:
     even = counts["break_even_tokens"]
     parts = [
         f"{counts['leaders']} led, {counts['stayed']} stayed with their prompt, {counts['moved']} moved for balance "
-        f"(cost {counts['move_seconds']:.1f} s, saved {counts['saved_seconds']:.1f} s, as expected)",
+        f"(by estimate that cost {counts['move_seconds']:.1f} s and saved {counts['saved_seconds']:.1f} s)",
         f"{counts['held']} waited ({counts['longest_wait']:.2f} s at most), {counts['gave_up']} gave up",
         "loading never pays here" if even is None else f"loading pays from {even} tokens" if even else "",
         *(f"the router hears nothing of replica {rank}" for rank in counts["silent"]),
