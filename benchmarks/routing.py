@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -25,13 +25,8 @@ from virtual_time import run
 from kvshare.routing.affinity import AffinityRouter
 from kvshare.routing.digests import chunk_digests
 from kvshare.routing.router import PrefillOnceRouter
-from kvshare.tools.bench.rollouts import lengths
 from kvshare.tools.bench.steady_server import Handle
-
-Turn = tuple[int, int, float]
-"""Tokens of the prompt and of the answer, and seconds until the next turn."""
-Conversation = tuple[int, list[Turn]]
-"""Which prompt, and its turns: each has all tokens of the one before it."""
+from kvshare.tools.bench.workloads import Conversation, batch, lengths, talk
 
 
 @dataclass
@@ -112,17 +107,6 @@ async def _simulate(
 
 def simulate(*args: Any, **kwargs: Any) -> Outcome:
     return run(_simulate(*args, **kwargs))
-
-
-def batch(prompts: int, n: int, tokens: int, answers: Iterable[int], first: int = 0) -> list[Conversation]:
-    """One step of GRPO: all samples of all prompts at once. The prompts are numbered from ``first``."""
-    return [(first + i // n, [(tokens, answer, 0.0)]) for i, answer in zip(range(prompts * n), answers, strict=True)]
-
-
-def talk(rng: random.Random, first: int, more: int) -> list[Turn]:
-    """A conversation of two to seven turns, each of which adds ``more`` tokens to its prompt."""
-    turns = max(2, min(7, round(rng.lognormvariate(1.1, 0.8))))
-    return [(first + more * turn, lengths(rng, 1, 64, 256)[0], rng.expovariate(2.0)) for turn in range(turns)]
 
 
 # -- the cells of docs/routing.md ---------------------------------------------------------------

@@ -12,6 +12,7 @@ import typer
 from kvshare.cli.options import PASSES, BackendOption, Json, out
 from kvshare.cli.reporting import print_report
 from kvshare.core.errors import UserError
+from kvshare.tools.bench.workloads import FORMS, Workload
 
 app = typer.Typer()
 
@@ -116,20 +117,21 @@ def bench(
     tokens: Annotated[str, typer.Option(help="Prompt lengths.")] = "1024,4096",
     at_once: Annotated[str, typer.Option(help="Different prompts at the same time.")] = "1",
     n: Annotated[int, typer.Option("-n", min=0, help="Also GRPO's pattern, with this many samples of a prompt.")] = 0,
-    rollout: Annotated[
-        list[str] | None,
-        typer.Option(help="Instead: batch:PROMPTS:N:TOKENS:MEDIAN:MOST or talks:COUNT:FIRST:MORE; may be repeated."),
-    ] = None,
-    devices: Annotated[str, typer.Option(help="With --rollout: CUDA devices for the engines of each pair.")] = "",
-    offload: Annotated[
-        float, typer.Option(help="With --rollout: GiB for vLLM's own offloading; 0 leaves it out.")
-    ] = 48,
+    rollout: Annotated[list[str] | None, typer.Option(help=f"Instead: {FORMS}; may be repeated.")] = None,
+    arms: Annotated[str, typer.Option(help="With --rollout: what is compared; also connector, with verl's router.")] = (
+        "verl,affinity,offloading,kvshare"
+    ),
+    replicas: Annotated[int, typer.Option(min=1, help="With --rollout: engines of each kind that the arms need.")] = 2,
+    devices: Annotated[str, typer.Option(help="With --rollout: CUDA devices for the engines, in turn.")] = "",
+    offload: Annotated[float, typer.Option(help="With --rollout: GiB an engine for vLLM's own offloading.")] = 48,
+    limit: Annotated[float, typer.Option(help="With --rollout: seconds after which no further round begins.")] = 3600,
     answer: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 16,
     repeat: Annotated[int, typer.Option(min=1, help="Turns of all cases.")] = 5,
     settle: Annotated[float, typer.Option(min=0, help="Seconds a prompt has to be stored, and one more a GB.")] = 1.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every sample to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it, to this SVG file.")] = None,
     logs: Annotated[Path, typer.Option(help="Folder for the logs of what it starts.")] = Path("outputs/bench"),
+    arguments: Annotated[list[str] | None, typer.Argument(help="-- and arguments of all engines (--rollout).")] = None,
 ) -> None:
     """Time to the first token: no connector, miss, shared hit, local hit, in turns; and the copy that limits it."""
     from kvshare.services.health import NotStarted
@@ -139,9 +141,24 @@ def bench(
 
     shapes = [(length, many) for length in _numbers("--tokens", tokens) for many in _numbers("--at-once", at_once)]
     asked = Asked(shapes, n, answer, repeat, settle)
+
+    def save(result: dict) -> None:
+        if json_file:
+            json_file.write_text(json.dumps(result, indent=1))
+
     try:
         if rollout and config:
-            result = benches.rollouts(config, rollout, repeat, list(filter(None, devices.split(","))), offload, logs)
+            todo = benches.Rollouts(
+                [Workload.parse(text) for text in rollout],
+                arms.split(","),
+                replicas,
+                list(filter(None, devices.split(","))),
+                offload,
+                repeat,
+                limit,
+                arguments or [],
+            )
+            result = benches.rollouts(config, todo, logs, save)
         elif config:
             result = benches.of_config(config, asked, logs)
         elif engine and len(engine) == 2:
@@ -151,8 +168,7 @@ def bench(
     except NotStarted as failed:
         print(*failed.tail, f"kvshare bench: {failed}; log: {failed.log}", sep="\n", file=sys.stderr)
         raise typer.Exit(1) from None
-    if json_file:
-        json_file.write_text(json.dumps(result, indent=1))
+    save(result)
     if plot and "cases" in result:
         tables.plot(result, plot)
     print(tables.rollouts(result["rollouts"]) if "rollouts" in result else tables.markdown(result))

@@ -39,3 +39,9 @@ def metrics(text: str) -> dict[str, float]:
             if source := sample.labels.get("source"):
                 sums[f"{sample.name}:{source}"] += sample.value
     return dict(sums)
+
+
+def labels(text: str, name: str) -> dict[str, str]:
+    """Labels of one metric, the first of this name, in what /metrics answers."""
+    samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
+    return next(sample.labels for sample in samples if sample.name == name)

@@ -12,7 +12,8 @@ from kvshare.core.errors import UserError
 from kvshare.tools.bench import endpoint, engines, grpo, run, tables
 from kvshare.tools.bench.asked import Asked
 from kvshare.tools.bench.engines import Engines
-from kvshare.tools.bench.rollouts import Rollout, measure
+from kvshare.tools.bench.rollouts import kinds, measure
+from kvshare.tools.bench.workloads import Workload, tokens_of
 
 
 def row(first, shared=0, **more):
@@ -141,7 +142,7 @@ def test_two_samples_of_a_prompt_compute_it_once(engines, settled):
         async with endpoint.endpoints(urls) as found:
             for one in found:
                 await one.connect()
-            return await grpo.patterns(found, Engines(urls, [], list(map(Events, engines)), CHUNK), asked)
+            return await grpo.patterns(found, Engines({"shared": urls}, list(map(Events, engines)), CHUNK), asked)
 
     samples = {row["routing"]: row["samples"] for row in asyncio.run(measure())}
     assert {name: [sample["prompt"] for sample in found] for name, found in samples.items()} == {
@@ -152,30 +153,57 @@ def test_two_samples_of_a_prompt_compute_it_once(engines, settled):
     assert [samples[name][0]["computed"] for name in ("affinity", "kvshare")] == [1026, 1026]
 
 
-@pytest.mark.parametrize("text", ["batch:1:2", "talks:1:2:x", "other:1:2:3", "batch:0:1:1:1:1"])
-def test_bad_rollout(text):
+@pytest.mark.parametrize("text", ["batch:1:2", "talks:1:2:x", "talks:1:2:3:4:5", "other:1:2:3", "batch:0:1:1:1:1"])
+def test_bad_workload(text):
     with pytest.raises(UserError, match="batch:PROMPTS"):
-        Rollout.parse(text)
+        Workload.parse(text)
+
+
+def test_workloads_are_those_of_their_seed():
+    talks = Workload.parse("talks:3:4096:2048:8").conversations(1)
+    assert [[prompt for prompt, _, _ in turns] for _, turns in talks] == [[4096 + 2048 * i for i in range(8)]] * 3
+    assert Workload.parse("talks:3:4096:2048:8").conversations(1) == talks
+    assert {len(turns) for _, turns in Workload.parse("talks:40:4096:2048").conversations(1)} == {2, 3, 4, 5, 6, 7}
+
+
+def test_working_set_has_a_common_prompt_once():
+    assert tokens_of([(0, [(100, 5, 0.0), (200, 6, 0.0)]), (1, [(70, 7, 0.0)]), (1, [(70, 8, 0.0)])]) == 200 + 70 + 21
+
+
+def test_engines_that_arms_need():
+    assert kinds(["verl", "affinity", "kvshare"], 2) == ["plain", "plain", "shared", "shared"]
+    assert kinds(["verl", "offloading", "kvshare", "connector"], 1) == ["plain", "offload", "shared"]
+    with pytest.raises(UserError, match="--arms 'x' must be of verl"):
+        kinds(["verl", "x"], 1)
 
 
 def test_table_of_rollouts():
-    sample = {"makespan": 7.0, "first_p50": 0.3, "first_p95": 0.6, "computed": 100, "prompt": 200, "moved": 3}
-    row = {"rollout": "talks:40:4096:2048", "variant": "kvshare", "samples": [sample, sample | {"makespan": 8.0}]}
-    assert (
-        tables.rollouts([row])
-        .splitlines()[-1]
-        .startswith(
-            "| talks:40:4096:2048 | kvshare | 7.50 (7.00–8.00) | 0.30 (0.30–0.30) | 0.60 (0.60–0.60) | 50% | 3 |"
-        )
+    sample = {"makespan": 7.0, "first_p50": 0.3, "first_p95": 0.6, "computed": 100, "prompt": 200, "of_pool": 2}
+    row = {
+        "rollout": "talks:40:4096:2048",
+        "arm": "kvshare",
+        "samples": [sample, sample | {"makespan": 8.0, "moved": 6}],
+    }
+    line = tables.rollouts([row]).splitlines()[-1]
+    assert line == (
+        "| talks:40:4096:2048 | 2.0 | kvshare | 7.50 (7.00–8.00) | 0.30 (0.30–0.30) | 0.60 (0.60–0.60) | 50% | 3 |"
     )
 
 
 def test_rollouts_on_two_engines(engines):
-    """Each variant is sent the same rollout, and computes each prompt once or twice."""
-    pair = Engines([engine.url for engine in engines], [], None, 256)
-    rollouts = [Rollout.parse("batch:2:2:600:8:16"), Rollout.parse("talks:1:300:100")]
-    rows = asyncio.run(measure(pair, rollouts, repeat=1))
-    assert [row["variant"] for row in rows] == ["connector, verl", "kvshare"] * 2
+    """Each arm is sent the same rollout, and computes each prompt once or twice."""
+    pair = Engines({"shared": [engine.url for engine in engines]}, None, 256)
+    workloads, saved = [Workload.parse("batch:2:2:600:8:16"), Workload.parse("talks:1:300:100")], []
+    rows = asyncio.run(measure(pair, workloads, ["connector", "kvshare"], repeat=1, save=saved.append))
+    assert [(row["arm"], len(row["samples"])) for row in rows] == [("connector", 1), ("kvshare", 1)] * 2
+    assert saved[-1] == rows
     for row in rows[:2]:
         assert row["samples"][0]["prompt"] == 4 * 601
         assert 2 * 601 <= row["samples"][0]["computed"] + row["samples"][0]["shared"] <= 4 * 601
+        assert row["samples"][0]["of_pool"] > 0
+
+
+def test_no_further_round_begins_after_the_limit(engines):
+    pair = Engines({"shared": [engine.url for engine in engines]}, None, 256)
+    (row,) = asyncio.run(measure(pair, [Workload.parse("batch:1:1:64:4:4")], ["connector"], repeat=9, until=0))
+    assert len(row["samples"]) == 1

@@ -107,6 +107,12 @@ class Endpoint:
             raise ValueError("no metrics")
         return {name: round(found.get(metric, 0)) for name, metric in COUNTERS.items()}
 
+    async def pool(self) -> int:
+        """Tokens of KV that fit the engine."""
+        async with self._session.get(f"{self.url}/metrics") as response:
+            found = vllm_http.labels(await response.text(), "vllm:cache_config_info")
+        return int(found["num_gpu_blocks"]) * int(found["block_size"])
+
 
 @asynccontextmanager
 async def endpoints(urls: Sequence[str]) -> AsyncIterator[list[Endpoint]]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,10 @@ KEYS = {"backend": str, "arguments": list, "engine": str, "connector": dict, "en
 
 @dataclass
 class Engines:
-    urls: list[str]  # the two that share
-    plain: list[str]  # without connector: one, or two for rollouts
-    events: list[worker_events.Receiver] | None  # of the two that share; None if they send no events
+    by_kind: dict[str, list[str]]  # URLs: "shared", "plain" (without connector), "offload" (vLLM's own offloading)
+    events: Sequence[worker_events.Receiver] | None  # of those that share; None if they send no events
     chunk_size: int  # tokens per chunk
     stall: float = 1.0  # 0 if they load in the background (Rates.stall)
-    offload: list[str] = field(default_factory=list)  # two with vLLM's own offloading, for rollouts
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -64,10 +62,6 @@ def read(path: Path) -> dict[str, Any]:
     return config
 
 
-PAIRS = ("shared", "shared", "plain", "plain", "offload", "offload")
-"""The engines of a rollout: an even one on the first device, an odd one on the second."""
-
-
 @contextmanager
 def started(
     config: dict[str, Any],
@@ -75,15 +69,17 @@ def started(
     kinds: Sequence[str] = ("shared", "shared", "plain"),
     devices: Sequence[str] = (),
     offload: float = 0,
+    more: Sequence[str] = (),
 ) -> Iterator[Engines]:
     """Start the backend's service and the engines, and end them with the context.
 
     Args:
         config: of ``read()``.
         logs: folder for their logs.
-        kinds: of the engines: "shared" (two), "plain", "offload".
+        kinds: of the engines: "shared", "plain", "offload".
         devices: CUDA devices, given to the engines in turn; none: they see all.
-        offload: GiB of host memory for vLLM's own offloading.
+        offload: GiB of host memory for vLLM's own offloading, an engine.
+        more: arguments of all engines, which win over those of the config.
 
     Raises:
         NotStarted: a process ended, or was not healthy in time.
@@ -100,26 +96,25 @@ def started(
         settings = _lmcache(environment)
         running = []
         for number, kind in enumerate(kinds):
-            own, more = dict(environment), list[str]()
+            own, special = dict(environment), list[str]()
             if devices:
                 own["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
             if kind == "shared":
                 receivers.append(worker_events.Receiver())
                 own[worker_events.ADDRESS] = receivers[-1].address
-                more = ["--kv-transfer-config", json.dumps(config["connector"])]
+                special = ["--kv-transfer-config", json.dumps(config["connector"])]
                 if settings["enable_p2p"]:
                     own |= p2p_replica.identity(settings, number, 1, "127.0.0.1", ports.free_port)
             elif kind == "offload":
-                more = ["--kv-offloading-size", str(offload), "--kv-offloading-backend", "native"]
+                special = ["--kv-offloading-size", str(offload), "--kv-offloading-backend", "native"]
             url = f"http://127.0.0.1:{(port := ports.free_port())}"
             log = logs / f"engine-{number}-{kind}.log"
-            command = [*_ours(config["engine"]), "--host", "127.0.0.1", "--port", str(port), *more]
+            command = [*_ours(config["engine"]), "--host", "127.0.0.1", "--port", str(port), *special, *more]
             running.append((kind, processes.start(command, log, own), url, log))
         for kind, child, url, log in running:
             health.wait_healthy(f"the {kind} engine", child, partial(_check, url), log, ENGINE_SECONDS)
-        by_kind = {kind: [url for other, _, url, _ in running if other == kind] for kind in PAIRS}
-        stall = 0.0 if config["backend"] == "mp" else 1.0
-        yield Engines(by_kind["shared"], by_kind["plain"], receivers, settings["chunk_size"], stall, by_kind["offload"])
+        by_kind = {kind: [url for other, _, url, _ in running if other == kind] for kind in kinds}
+        yield Engines(by_kind, receivers, settings["chunk_size"], 0.0 if config["backend"] == "mp" else 1.0)
 
 
 ENGINE_SECONDS = 600  # time to load a model, compile it and capture graphs

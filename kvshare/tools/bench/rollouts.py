@@ -1,13 +1,11 @@
-"""Whole rollouts over two engines: batches of prompts with answers of different length, and conversations."""
+"""Whole rollouts over live engines, by what is compared: routers without a connector, vLLM's own offloading, ours."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
-from collections.abc import Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -15,108 +13,95 @@ from kvshare.core.errors import UserError
 from kvshare.tools.bench.endpoint import Answer, Prompt, endpoints, sample, unseen
 from kvshare.tools.bench.engines import Engines
 from kvshare.tools.bench.grpo import Replica, ask, following, router
+from kvshare.tools.bench.workloads import Turn, Workload, tokens_of
 
-VARIANTS = {  # engines and router
-    "no connector, verl": ("plain", "verl"),
-    "no connector, affinity": ("plain", "affinity"),
-    "vLLM's offloading, verl": ("offload", "verl"),
-    "connector, verl": ("shared", "verl"),
+ARMS = {  # the kind of its engines, and the router
+    "verl": ("plain", "verl"),
+    "affinity": ("plain", "affinity"),
+    "offloading": ("offload", "verl"),
+    "connector": ("shared", "verl"),
     "kvshare": ("shared", "kvshare"),
 }
 SETTLE = 2.0  # seconds between rollouts
-FORMS = "batch:PROMPTS:N:TOKENS:MEDIAN:MOST or talks:COUNT:FIRST:MORE"
+COUNTED = ("stayed", "moved", "held", "longest_wait")  # by our router
+
+Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """``batch``: all samples of all prompts at once, answers of ``median`` tokens and at most ``most``.
+def kinds(arms: list[str], replicas: int) -> list[str]:
+    """The kind of each engine that the arms need.
 
-    ``talks``: conversations of two to seven turns, the first of ``first`` tokens, the next of ``more`` more each.
+    Raises:
+        UserError: there is no such arm.
     """
-
-    kind: str
-    numbers: tuple[int, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Rollout:
-        kind, *numbers = text.split(":")
-        fields = {"batch": 5, "talks": 3}.get(kind)
-        if fields != len(numbers) or not all(number.isdecimal() and int(number) for number in numbers):
-            raise UserError(f"--rollout {text!r} must be {FORMS}, in whole numbers from 1")
-        return cls(kind, tuple(map(int, numbers)))
-
-    def __str__(self) -> str:
-        return ":".join([self.kind, *map(str, self.numbers)])
-
-    def requests(self, router: Any, replicas: list[Replica], seed: int) -> list[Coroutine[Any, Any, list[Answer]]]:
-        """One for each sample, or conversation. The seed decides the lengths; prompts are new each time."""
-        rng = random.Random(seed)
-        if self.kind == "batch":
-            count, n, tokens, median, most = self.numbers
-            prompts, answers = unseen(count, tokens), lengths(rng, count * n, median, most)
-            return [_converse(router, replicas, [(prompts[i // n], answers[i], 0.0)]) for i in range(count * n)]
-        count, first, more = self.numbers
-        return [_converse(router, replicas, _talk(rng, first, more)) for _ in range(count)]
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise UserError(f"--arms {unknown[0]!r} must be of {', '.join(ARMS)}")
+    return [kind for kind in dict.fromkeys(ARMS[arm][0] for arm in arms) for _ in range(replicas)]
 
 
-def lengths(rng: random.Random, count: int, median: int, most: int, spread: float = 0.8) -> list[int]:
-    """Tokens of answers: log-normal, at least 4 and at most ``most``."""
-    return [max(4, min(most, round(rng.lognormvariate(math.log(median), spread)))) for _ in range(count)]
+async def measure(
+    engines: Engines,
+    workloads: list[Workload],
+    arms: list[str],
+    repeat: int,
+    until: float = math.inf,
+    save: Callable[[Rows], None] = lambda rows: None,
+) -> Rows:
+    """Rows of one workload and arm each. All arms take turns; the first workload, not measured, warms up.
 
-
-def _talk(rng: random.Random, first: int, more: int) -> list[tuple[Prompt, int, float]]:
-    turns = max(2, min(7, round(rng.lognormvariate(1.1, 0.8))))
-    (prompt,) = unseen(1, first + more * turns)
-    return [(prompt[: first + more * turn], lengths(rng, 1, 64, 256)[0], rng.expovariate(2.0)) for turn in range(turns)]
-
-
-async def _converse(router: Any, replicas: list[Replica], turns: list[tuple[Prompt, int, float]]) -> list[Answer]:
-    name, answers = uuid4().hex, []
-    for prompt, tokens, pause in turns:
-        answers.append(await ask(router, replicas, name, prompt, tokens))
-        await asyncio.sleep(pause)
-    return answers
-
-
-async def measure(engines: Engines, rollouts: list[Rollout], repeat: int) -> list[dict[str, Any]]:
-    """Rows of one rollout and variant each. All variants take turns; the first round, not measured, warms up."""
-    urls = {"shared": engines.urls, "plain": engines.plain, "offload": engines.offload}
-    rows: dict[tuple[Rollout, str], dict[str, Any]] = {}
-    async with endpoints([url for pair in urls.values() for url in pair]) as found:
+    Args:
+        arms: of ``ARMS``.
+        repeat: rounds.
+        until: time after which no further round begins; monotonic clock.
+        save: called with the rows so far after each measurement.
+    """
+    rows: dict[tuple[Workload, str], dict[str, Any]] = {}
+    async with endpoints([url for urls in engines.by_kind.values() for url in urls]) as found:
         for endpoint in found:
             await endpoint.connect()
         at = {endpoint.url: endpoint for endpoint in found}
-        events = dict(zip(engines.urls, engines.events or (), strict=False))
+        events = dict(zip(engines.by_kind.get("shared", ()), engines.events or (), strict=False))
         replicas = {
-            kind: [Replica(at[url], engines.chunk_size, events.get(url), engines.stall) for url in pair]
-            for kind, pair in urls.items()
+            kind: [Replica(at[url], engines.chunk_size, events.get(url), engines.stall) for url in urls]
+            for kind, urls in engines.by_kind.items()
         }
-        async with following(replicas["shared"]):
+        async with following(replicas.get("shared", [])):
             for number in range(1 + repeat):
-                for rollout in rollouts:
-                    for name, (kind, routing) in list(VARIANTS.items())[:: (-1) ** number]:
-                        if len(replicas[kind]) < 2:
-                            continue
-                        got = await _measure(rollout, routing, replicas[kind], engines.chunk_size, number)
-                        row = {"rollout": str(rollout), "variant": name, "samples": []}
-                        rows.setdefault((rollout, name), row)["samples"] += [got] if number else []
+                if number > 1 and time.monotonic() > until:
+                    break
+                for workload in workloads if number else workloads[:1]:
+                    for arm in arms[:: (-1) ** number]:
+                        kind, routing = ARMS[arm]
+                        got = await _measure(workload, routing, replicas[kind], engines.chunk_size, number)
+                        row = {"rollout": str(workload), "arm": arm, "samples": []}
+                        rows.setdefault((workload, arm), row)["samples"] += [got] if number else []
+                        save(list(rows.values()))
                         await asyncio.sleep(SETTLE)
     return list(rows.values())
 
 
 async def _measure(
-    rollout: Rollout, routing: str, replicas: list[Replica], chunk_size: int, seed: int
+    workload: Workload, routing: str, replicas: list[Replica], chunk_size: int, seed: int
 ) -> dict[str, Any]:
-    with router(routing, replicas, chunk_size) as placing:
-        requests = rollout.requests(placing, replicas, seed)
-        began, answers = time.perf_counter(), list[Answer]()
+    conversations = workload.conversations(seed)
+    pool = sum([await replica.endpoint.pool() for replica in replicas])
+    prompts = unseen(1 + max(text for text, _ in conversations), max(turns[-1][0] for _, turns in conversations))
+    answers = list[Answer]()
 
-        async def gathered() -> list[Answer]:
-            for some in await asyncio.gather(*requests):
-                answers.extend(some)
+    with router(routing, replicas, chunk_size) as placing:
+
+        async def converse(prompt: Prompt, turns: list[Turn]) -> None:
+            name = uuid4().hex
+            for tokens, answer, pause in turns:
+                answers.append(await ask(placing, replicas, name, prompt[:tokens], answer))
+                await asyncio.sleep(pause)
+
+        async def all_of_them() -> list[Answer]:
+            await asyncio.gather(*(converse(prompts[text], turns) for text, turns in conversations))
             return answers
 
-        counted = (await sample([replica.endpoint for replica in replicas], gathered())).numbers()
+        began = time.perf_counter()
+        counted = (await sample([replica.endpoint for replica in replicas], all_of_them())).numbers()
         makespan = time.perf_counter() - began
         status = placing.get_status()
     firsts = sorted(answer.first for answer in answers)
@@ -124,5 +109,6 @@ async def _measure(
         "makespan": makespan,
         "first_p50": firsts[len(firsts) // 2],
         "first_p95": firsts[len(firsts) * 95 // 100],
+        "of_pool": tokens_of(conversations) / pool,
     }
-    return counted | {name: status[name] for name in ("stayed", "moved", "held", "longest_wait") if name in status}
+    return counted | {name: status[name] for name in COUNTED if name in status}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +26,7 @@ from kvshare.tools.bench import copy_limit, engines
 from kvshare.tools.bench.asked import Asked, Shape
 from kvshare.tools.bench.endpoint import Endpoint, Sample, endpoints, sample, unseen
 from kvshare.tools.bench.engines import Engines
+from kvshare.tools.bench.workloads import Workload
 
 PACKAGES = ("vllm", "lmcache", "torch", "verl")
 CHUNK_SIZE = 256  # tokens, LMCache's default: of servers that somebody else started
@@ -49,30 +52,64 @@ def of_urls(urls: list[str], plain: str | None, asked: Asked) -> dict[str, Any]:
         UserError: one of them does not answer.
     """
     return asyncio.run(
-        _run(Engines(urls, [plain] if plain else [], None, CHUNK_SIZE), asked, copy_limit.measure(), wide=False)
+        _run(
+            Engines({"shared": urls, "plain": [plain] if plain else []}, None, CHUNK_SIZE),
+            asked,
+            copy_limit.measure(),
+            wide=False,
+        )
     )
 
 
-def rollouts(
-    path: Path, asked: list[str], repeat: int, devices: list[str], offload: float, logs: Path
-) -> dict[str, Any]:
-    """Start pairs of engines that a bench config describes, run rollouts on each pair in turns, and end them.
+@dataclass
+class Rollouts:
+    """What a user asks for with --rollout."""
+
+    workloads: list[Workload]
+    arms: list[str]
+    replicas: int  # engines an arm
+    devices: list[str]
+    offload: float  # GiB
+    repeat: int
+    limit: float  # seconds, of which engines take some to start, after which no further round begins
+    arguments: list[str]  # of all engines
+
+
+def rollouts(path: Path, asked: Rollouts, logs: Path, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Start the engines that the arms need, run all rollouts on all arms in turns, and end the engines.
+
+    Args:
+        path: a bench config.
+        asked: what to run.
+        logs: folder for the engines' logs.
+        save: called with the result so far after each measurement.
 
     Raises:
-        UserError: the config, or a rollout, is not one.
+        UserError: the config is not one, or there is no such arm.
         services.NotStarted: something did not start.
     """
-    from kvshare.tools.bench.rollouts import Rollout, measure  # verl need not be there where only vLLM is
+    from kvshare.tools.bench.rollouts import kinds, measure  # verl need not be there where only vLLM is
 
-    parsed = [Rollout.parse(text) for text in asked]
-    kinds = engines.PAIRS if offload else engines.PAIRS[:4]
-    with engines.started(engines.read(path), logs, kinds, devices, offload) as started:
-        return _facts() | {"rollouts": asyncio.run(measure(started, parsed, repeat))}
+    facts, until = _facts(), time.monotonic() + asked.limit
+    started = engines.started(
+        engines.read(path), logs, kinds(asked.arms, asked.replicas), asked.devices, asked.offload, asked.arguments
+    )
+    with started as running:
+        rows = measure(
+            running,
+            asked.workloads,
+            asked.arms,
+            asked.repeat,
+            until,
+            save=lambda rows: save(facts | {"rollouts": rows}),
+        )
+        return facts | {"rollouts": asyncio.run(rows)}
 
 
 async def _run(engines: Engines, asked: Asked, copy: tuple[str, float], wide: bool) -> dict[str, Any]:
     """Args: ``wide``: KV has 32 bits, not 16."""
-    async with _lost_is_an_error(), endpoints([*engines.urls, *engines.plain]) as found:
+    urls = [*engines.by_kind["shared"], *engines.by_kind["plain"]]
+    async with _lost_is_an_error(), endpoints(urls) as found:
         models = [await endpoint.connect() for endpoint in found]
         a_token = _kv_bytes(models[0].get("root") or "", wide)
         cases = await _cases(found, asked, lambda tokens: asked.settle + tokens * (a_token or 0) / 1e9)

@@ -22,13 +22,13 @@ def markdown(result: Row) -> str:
 
 def rollouts(rows: list[Row]) -> str:
     """Seconds, median and range; tokens of the median round."""
-    head = ["rollout", "variant", "makespan, s", "first token, p50, s", "p95, s", "computed", "moved"]
+    head = ["rollout", "working set / pool", "arm", "makespan, s", "first token, p50, s", "p95, s", "computed", "moved"]
     lines = []
     for row in rows:
         times = [_range(row, name, 1, 2) for name in ("makespan", "first_p50", "first_p95")]
-        moved = [sample.get("moved", 0) for sample in row["samples"]]
+        moved = statistics.median(sample.get("moved", 0) for sample in row["samples"])
         computed = f"{_median(row, 'computed') / _median(row, 'prompt'):.0%}"
-        lines.append([row["rollout"], row["variant"], *times, computed, f"{statistics.median(moved):.0f}"])
+        lines.append([row["rollout"], f"{_median(row, 'of_pool'):.1f}", row["arm"], *times, computed, f"{moved:.0f}"])
     return _table(head, lines)
 
 
