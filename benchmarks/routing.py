@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from engine import CHUNK, POOL, SEQUENCES, Engine, prefill_seconds
@@ -69,14 +69,25 @@ async def _simulate(
     router = make({name: Handle(engine) for name, engine in engines.items()})
     now, outcome = asyncio.get_running_loop().time, Outcome(0.0, 0.0, [], [], {})
 
+    longest = dict[int, int]()
+    for text, turns in itertools.chain(*steps):
+        longest[text] = max(longest.get(text, 0), turns[-1][0])
+
     @cache
+    def all_digests(text: int) -> list[str]:
+        return chunk_digests([text] * longest[text], CHUNK)
+
     def digests(text: int, tokens: int) -> list[str]:
-        return chunk_digests([text] * tokens, CHUNK)
+        return all_digests(text)[: tokens // CHUNK]
+
+    @lru_cache(maxsize=1)  # samples come one after the other
+    def prompt(text: int, tokens: int) -> list[int]:
+        return [text] * tokens
 
     async def ask(name: str, text: int, tokens: int, answer: int) -> None:
-        prompt = [text] * tokens
         began = now()
-        placed = router.acquire_server(name, **({"prompt_ids": prompt} if router.require_acquire_fields() else {}))
+        fields = {"prompt_ids": prompt(text, tokens)} if router.require_acquire_fields() else {}
+        placed = router.acquire_server(name, **fields)
         server, _ = await placed if asyncio.iscoroutine(placed) else placed
         outcome.holds.append(now() - began)
         try:

@@ -150,10 +150,10 @@ class Cost(NamedTuple):
 
 def cost(
     rate: dict[str, float],
-    requests: int,
-    context: int,
-    usual: float,
+    requests: float,
+    context: float,
     *,
+    stalled: float,
     wait: float,
     compute: int,
     load: int,
@@ -161,23 +161,21 @@ def cost(
 ) -> Cost:
     """The cost of a request on a server.
 
-    Others stand still while its prompt is computed, and, with some backends, loaded. There are as many as usual, at
-    least: a server without requests gets some soon, because a rollout sends them all at once. Each decode step reads
-    the KV of all requests, so it takes longer with them. And so do theirs with it, for the half of an answer that is
-    left to them on average.
+    Each decode step reads the KV of all requests, so it takes longer with them. And so do theirs with it, for the half
+    of an answer that is left to them on average.
 
     Args:
         rate: ``expected()`` of the engine.
         requests: requests on the server.
         context: tokens of their prompts.
-        usual: requests that a server has when all are busy.
+        stalled: requests that stand still while the prompt is computed, and, with some backends, loaded.
         wait: seconds until the prompt's turn.
         compute: tokens of the prompt to compute.
         load: tokens of the prompt to load.
         prompt: all tokens of the prompt.
     """
     computing, loading = compute / rate["prefill"], load / rate["load"]
-    stall = (computing + loading * rate["stall"]) * max(1, requests, usual)
+    stall = (computing + loading * rate["stall"]) * stalled
     own = rate["step"] + rate["context"] * (context + prompt)
     others = requests / 2 * rate["context"] * prompt
     return Cost(wait, computing + loading, stall, rate["response"] * (own + others))

@@ -35,6 +35,7 @@ class Prompt:
     last: str | None = None  # server of the conversation's last turn
     last_tokens: int = 0  # of the last turn
     usual: float = 0.0  # requests a server has when all are busy
+    samples: float = 0.0  # requests with the same prompt, on average
 
 
 def choices(
@@ -90,10 +91,39 @@ def _choice(
 
 
 def _cost(server: Server, rate: dict[str, float], prompt: Prompt, wait: float, has: int, load: int) -> Cost:
-    compute = prompt.tokens - has - load
+    """The cost on a server, with as many requests as usual at least.
+
+    A rollout sends all requests at once: a server that has few so far will soon have as many as usual, so it is not
+    less loaded than others yet. Samples of the same prompt do not stand still for it, because they need it themselves.
+    """
     return cost(
-        rate, server.requests, server.context, prompt.usual, wait=wait, compute=compute, load=load, prompt=prompt.tokens
+        rate,
+        max(server.requests, prompt.usual),
+        max(server.context, prompt.usual * prompt.tokens),
+        stalled=max(server.requests, prompt.usual - prompt.samples),
+        wait=wait,
+        compute=prompt.tokens - has - load,
+        load=load,
+        prompt=prompt.tokens,
     )
+
+
+def cheapest(options: list[Choice], prompt: Prompt, requests: dict[str, int]) -> Choice:
+    """Where a request costs least; the server of a conversation's last turn, if that has no more requests than usual.
+
+    What a turn would gain on another server then, the turns of the conversations there would lose. From a server that
+    has more it moves if that saves more than to move there and back costs.
+    """
+    best = min(options, key=lambda option: option.cost.total)
+    last = next((option for option in options if option.server == prompt.last), best)
+    if requests[last.server] <= prompt.usual or best.cost.total + effort(best, last) > last.cost.total:
+        return last
+    return best
+
+
+def effort(move: Choice, stay: Choice) -> float:
+    """Seconds to compute and load a prompt where it is not, and of those that stand still meanwhile."""
+    return move.cost.prompt + move.cost.stall - stay.cost.prompt - stay.cost.stall
 
 
 def home(options: list[Choice]) -> Choice:
@@ -135,9 +165,8 @@ class Counts:
             self.stayed += 1
             return
         self.moved += 1
-        effort = choice.cost.prompt + choice.cost.stall - stay.cost.prompt - stay.cost.stall
-        self.move_seconds += effort + max(0.0, (waited or 0.0) - saved)
-        self.saved_seconds += stay.cost.total - choice.cost.total + effort
+        self.move_seconds += effort(choice, stay) + max(0.0, (waited or 0.0) - saved)
+        self.saved_seconds += stay.cost.total - choice.cost.total + effort(choice, stay)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: round(value, 3) for name, value in vars(self).items()}

@@ -26,7 +26,7 @@ from kvshare.routing.cost_model import break_even
 from kvshare.routing.digests import Conversations, before_images, token_ids
 from kvshare.routing.leaders import Chunks, Leader
 from kvshare.routing.listener import Listener
-from kvshare.routing.placement import Choice, Counts, Prompt, Server, choices, home
+from kvshare.routing.placement import Choice, Counts, Prompt, Server, cheapest, choices, home
 
 logger = logging.getLogger(__name__)
 often = LimitedLogger(logger)  # for what each entry or request may repeat
@@ -66,7 +66,8 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._conversations = Conversations(self._chunk_size)
         self._turns: LRUCache = LRUCache(CONVERSATIONS)  # request id -> policy, tokens
         self._placed: dict[tuple[str, str], list[Placed]] = {}  # by server and request id, oldest first
-        self._usual = 0.0  # the most requests that there have been, by server
+        self._most = 0  # requests at the same time
+        self._requests, self._samples = 0, 0.0  # so far; with the same prompt, in the rollouts that have ended
         self._watchers: set[asyncio.Task] = set()
         self._counts = Counts()
         self._event_log = EventLog("router", os.environ.get(RUN_DIR))
@@ -86,11 +87,11 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         ids = token_ids(prompt_ids)
         digests = self._conversations.digests(request_id, before_images(ids, self._listener.placeholders))
         began, may_wait, held = clock(), True, False
-        options = self._options(request_id, len(ids), digests)
+        prompt, options = self._options(request_id, len(ids), digests)
         at_home = home(options).cost.wait
-        while (choice := self._choose(request_id, options)).leader and may_wait:
+        while (choice := self._choose(request_id, prompt, options)).leader and may_wait:
             held, may_wait = True, await self._wait(choice.leader, until)
-            options = self._options(request_id, len(ids), digests)
+            prompt, options = self._options(request_id, len(ids), digests)
         self._counts.placed(choice, options, clock() - began if held else None, at_home)
         self._place(request_id, choice, len(ids), digests)
         return choice.server, self._servers[choice.server]
@@ -108,6 +109,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         if placed.leader and not placed.leader.outcome.done():
             asyncio.get_running_loop().call_later(AFTER_RELEASE, self._chunks.settle, placed.leader, False)
         if not self._placed:
+            self._samples = self._requests / max(1, self._counts.leaders)
             self._write_counters()
 
     def add_servers(self, servers: dict[str, Any]) -> None:
@@ -140,32 +142,35 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     # -- placing ------------------------------------------------------------------------------
 
-    def _options(self, request_id: str, tokens: int, digests: list[str]) -> list[Choice]:
+    def _options(self, request_id: str, tokens: int, digests: list[str]) -> tuple[Prompt, list[Choice]]:
         if not self._servers:
             raise RuntimeError("No available servers in load balancer")
         last = self._request_id_to_server.get(request_id)
         policy, last_tokens = self._turns.get(request_id, (None, 0))
         if last not in self._state or self._state[last].policy != policy:
             last, last_tokens = None, 0
-        self._usual = max(self._usual, self.get_total_inflight() / len(self._servers))
-        prompt = Prompt(tokens, digests, last, min(last_tokens, tokens), self._usual)
+        self._most = max(self._most, self.get_total_inflight() + 1)
+        usual = self._most / len(self._servers)
+        prompt = Prompt(tokens, digests, last, min(last_tokens, tokens), usual, self._samples)
         now = asyncio.get_running_loop().time()
         rate = self._listener.rate
-        return choices(self._state, self._chunks, rate, prompt, self._chunk_size, now, hold=self._spread)
+        return prompt, choices(self._state, self._chunks, rate, prompt, self._chunk_size, now, hold=self._spread)
 
-    def _choose(self, request_id: str, options: list[Choice]) -> Choice:
+    def _choose(self, request_id: str, prompt: Prompt, options: list[Choice]) -> Choice:
         if self._full_determinism:
             return options[zlib.crc32(request_id.encode()) % len(options)]
+        requests = {name: server.requests for name, server in self._state.items()}
         if self._spread:
-            last, state = self._request_id_to_server.get(request_id), self._state
-            return min(options, key=lambda c: (c.server != last, state[c.server].requests, c.cost.total))
-        return min(options, key=lambda choice: choice.cost.total)
+            last = self._request_id_to_server.get(request_id)
+            return min(options, key=lambda c: (c.server != last, requests[c.server], c.cost.total))
+        return cheapest(options, prompt, requests)
 
     def _place(self, request_id: str, choice: Choice, tokens: int, digests: list[str]) -> None:
         name, server = choice.server, self._state[choice.server]
         placed = Placed(server, tokens)
         self._placed.setdefault((name, request_id), []).append(placed)
         self._inflight_requests[name] += 1
+        self._requests += 1
         self._request_id_to_server[request_id] = name
         self._turns[request_id] = server.policy, tokens
         server.ready = asyncio.get_running_loop().time() + choice.cost.wait + choice.cost.prompt

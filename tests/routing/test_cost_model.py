@@ -57,8 +57,8 @@ def test_steps_get_longer_with_the_kv_that_they_read(requests):
 
 def test_cost_counts_what_others_lose():
     rate = expected(UNKNOWN | {"prefill": 1e4, "load": 1e5, "step": 0.01, "context": 1e-6, "response": 100, "stall": 0})
-    alone = cost(rate, 0, 0, 0, wait=0, compute=1000, load=0, prompt=1000)
-    assert (alone.prompt, alone.stall, alone.answer) == pytest.approx((0.1, 0.1, 100 * 0.011))
-    busy = cost(rate, 10, 10_000, 0, wait=0, compute=1000, load=0, prompt=1000)
+    alone = cost(rate, 0, 0, stalled=0, wait=0, compute=1000, load=0, prompt=1000)
+    assert (alone.prompt, alone.stall, alone.answer) == pytest.approx((0.1, 0, 100 * 0.011))
+    busy = cost(rate, 10, 10_000, stalled=10, wait=0, compute=1000, load=0, prompt=1000)
     assert (busy.stall, busy.answer) == pytest.approx((1.0, 100 * (0.01 + 0.011 + 5 * 0.001)))
-    assert cost(rate, 10, 10_000, 0, wait=0, compute=0, load=1000, prompt=1000).stall == 0  # in the background
+    assert cost(rate, 10, 10_000, stalled=10, wait=0, compute=0, load=1000, prompt=1000).stall == 0  # in the background

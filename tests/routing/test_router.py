@@ -67,12 +67,17 @@ class Server:
         return SimpleNamespace(remote=found) if name.startswith("wait_") else found
 
 
+USUAL = 8  # requests a server
+
+
 def scenario(test, servers=2, pace=UNKNOWN, **config):
-    """Run ``test(router, servers)`` in virtual time."""
+    """Run ``test(router, servers)`` in virtual time, in a job where servers had ``USUAL`` requests at once before."""
 
     async def run():
         made = {str(i): Server(pace) for i in range(servers)}
-        return await test(PrefillOnceRouter(dict(made), {"chunk_size": CHUNK, **config}), made)
+        router = PrefillOnceRouter(dict(made), {"chunk_size": CHUNK, **config})
+        router._most = USUAL * servers
+        return await test(router, made)
 
     return virtual_time.run(run())
 

@@ -10,6 +10,7 @@ from conftest import ROOT
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.tools.bench.steady_server import POLICY
+from kvshare.tools.bench.workloads import Workload
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import routing
@@ -96,6 +97,7 @@ def test_conversations_take_as_long_as_measured(store):
 
 CELLS = [  # of docs/routing.md: one for each way to be behind
     *(routing.Cell(2, "many", 4096, "even"), routing.Cell(2, "few", 4096, "even"), routing.Cell(2, "turns", 4096)),
+    *(routing.Cell(2, "fewest", 4096, "even"), routing.Cell(8, "many", 4096, "even")),
     *(routing.Cell(8, "few", 4096, "long-tailed"), routing.Cell(8, "fewest", 16384, "long-tailed")),
 ]
 
@@ -110,6 +112,31 @@ def test_few_long_prompts_with_long_tails_are_where_it_is_ahead():
     found = routing.compare(CELLS[-1])
     assert found["ahead"] > 0.06
     assert found["kvshare"] < 1.03 * found["bound"]
+
+
+@pytest.mark.parametrize("turns", ["", ":5"])
+def test_conversations_stay_while_loads_are_even(turns):
+    """What h200x2-router.json measured; before, 50 of 120 turns moved there, and none was earlier for it."""
+    step = Workload.parse(f"talks:40:4096:2048{turns}").conversations(1)
+    found = routing.simulate(routing.ROUTERS["kvshare"], [step], 2, pool=8 * TOKENS_A_GIB, sequences=64)
+    assert (found.counts["moved"], found.counts["stayed"]) == (0, sum(len(turns) - 1 for _, turns in step))
+
+
+def test_conversations_of_an_overloaded_replica_move():
+    """All begin on one of two replicas, as when the other is added later; in the end both have as much to do."""
+    step = Workload.parse("talks:40:4096:2048:5").conversations(1)
+    takes = {}
+    for name, make in routing.ROUTERS.items():
+
+        def late(handles, make=make):
+            router = make(dict(list(handles.items())[:1]))
+            asyncio.get_running_loop().call_later(0.5, router.add_servers, dict(list(handles.items())[1:]))
+            return router
+
+        takes[name] = routing.simulate(late, [step], 2, sequences=64, store="shared")
+    moved = takes["kvshare"].counts["moved"]
+    assert 10 <= moved <= 40
+    assert takes["kvshare"].makespan < 0.8 * takes["verl"].makespan
 
 
 def test_every_prompt_is_computed_once():

@@ -55,7 +55,7 @@ async def measure(
         until: time after which no further round begins; monotonic clock.
         save: called with the rows so far after each measurement.
     """
-    rows: dict[tuple[Workload, str], dict[str, Any]] = {}
+    rows = {(w, arm): {"rollout": str(w), "arm": arm, "samples": []} for w in workloads for arm in arms}
     async with endpoints([url for urls in engines.by_kind.values() for url in urls]) as found:
         for endpoint in found:
             await endpoint.connect()
@@ -73,8 +73,8 @@ async def measure(
                     for arm in arms[:: (-1) ** number]:
                         kind, routing = ARMS[arm]
                         got = await _measure(workload, routing, replicas[kind], engines.chunk_size, number)
-                        row = {"rollout": str(workload), "arm": arm, "samples": []}
-                        rows.setdefault((workload, arm), row)["samples"] += [got] if number else []
+                        if number:
+                            rows[workload, arm]["samples"].append(got)
                         save(list(rows.values()))
                         await asyncio.sleep(SETTLE)
     return list(rows.values())
