@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kvshare.routing.prefixes import Prefill
@@ -88,12 +87,6 @@ class Engine(SteadyServer):
         self._waiting, self._running = deque[Request](), list[Request]()
         self._arrived, self._received = asyncio.Event(), 0.0
         self._task = asyncio.ensure_future(self._loop())
-
-    def know(self, chunks: Iterable[str]) -> None:
-        """Put chunks into the prefix cache, as if they had been computed."""
-        chunks = list(dict.fromkeys(chunks))
-        self._cache.pin(chunks)
-        self._cache.unpin(chunks)
 
     async def generate(self, name: str, prompt: int, chunks: list[str], answer: int) -> float:
         """Returns when the first token came."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-from engine import CHUNK, POOL, SEQUENCES, Engine, prefill_seconds
+from engine import CHUNK, CONTEXT, POOL, SEQUENCES, STEP, Engine, prefill_seconds
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 from virtual_time import run
 
@@ -54,13 +54,11 @@ async def _simulate(
     store: str = "shared",
     pool: int = POOL,
     sequences: int = SEQUENCES,
-    warm: bool = False,
 ) -> Outcome:
     """The last of several steps, each of which begins when all conversations of the one before it have ended.
 
     Args:
         store: where computed KV goes: "shared", "own" (vLLM's offloading) or "none".
-        warm: prompts are in every replica's prefix cache from the start.
     """
     random.seed(seed)  # verl's own router breaks ties with it
     shared = set[str]()
@@ -105,9 +103,6 @@ async def _simulate(
     for number, step in enumerate(steps):
         begun, computed = now(), sum(engine.computed for engine in engines.values())
         outcome.firsts, outcome.holds = [], []
-        if warm:
-            for engine in engines.values():
-                engine.know(chunk for text, turns in step for chunk in digests(text, turns[-1][0]))
         await asyncio.gather(*(converse(f"{number}/{i}", conversation) for i, conversation in enumerate(step)))
     outcome.makespan = now() - begun
     distinct = {text: turns[-1][0] for text, turns in steps[-1]}
@@ -118,6 +113,37 @@ async def _simulate(
 
 def simulate(*args: Any, **kwargs: Any) -> Outcome:
     return run(_simulate(*args, **kwargs))
+
+
+def least(step: list[Conversation], replicas: int) -> float:
+    """A bound for the makespan of a batch in seconds, of a router that knows all answers and moves KV at no cost.
+
+    A replica takes as long as its prompts' prefill, the steps of its longest answer, and the KV that all its answers
+    read. So a given time is enough at best if replicas, one after the other, take the longest answers that are left
+    until it is full; an answer may be cut in two.
+    """
+    prompts = {text: tokens for text, [(tokens, *_)] in step}
+    one = min(prefill_seconds(0, tokens) for tokens in prompts.values())
+    rest = sum(prefill_seconds(0, tokens) for tokens in prompts.values()) - replicas * one
+    work = [(answer, CONTEXT * sum(range(tokens + 1, tokens + answer))) for _, [(tokens, answer, _)] in step]
+    work = [*sorted(work, reverse=True), (1, max(0.0, rest))]  # further prefills fit anywhere
+
+    def enough(seconds: float) -> bool:
+        left = work[::-1]
+        for _ in range(replicas):
+            room = seconds - one - STEP * (left[-1][0] - 1)
+            while left and left[-1][1] <= room:
+                room -= left.pop()[1]
+            if not left:
+                return True
+            left[-1] = left[-1][0], left[-1][1] - max(0.0, room)
+        return False
+
+    low, high = 0.0, one + rest + sum(STEP * answer + reads for answer, reads in work)
+    while high - low > 0.001:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return low
 
 
 # -- the cells of docs/routing.md ---------------------------------------------------------------
@@ -146,21 +172,25 @@ class Cell:
         ]
 
     def makespan(self, router: str) -> float:
-        """Mean over several seeds. "bound": all replicas have the prompts as soon as one can be computed."""
-        bound = router == "bound"
-        takes = [
+        """Mean over several seeds, in seconds."""
+        return statistics.fmean(
             simulate(
-                ROUTERS["verl" if bound else router],
-                self.steps(seed)[WARM_UP if bound else 0 :],
+                ROUTERS[router],
+                self.steps(seed),
                 self.replicas,
                 seed,
                 store="shared" if router == "kvshare" else "own",
                 pool=POOL if self.prompts == "turns" else 2 * POOL,
-                warm=bound,
             ).makespan
-            for seed in range({2: 8, 8: 4, 64: 2}[self.replicas])
-        ]
-        return statistics.fmean(takes) + (prefill_seconds(0, self.tokens) if bound else 0.0)
+            for seed in self._seeds()
+        )
+
+    def least(self) -> float:
+        """Seconds that no router can be faster than, whatever it knows of the answers; mean over the same seeds."""
+        return statistics.fmean(least(self.steps(seed)[-1], self.replicas) for seed in self._seeds())
+
+    def _seeds(self) -> range:
+        return range({2: 8, 8: 4, 64: 2}[self.replicas])
 
 
 LENGTHS = (512, 4096, 16384, 65536)
@@ -174,11 +204,10 @@ CELLS = [
 
 
 def compare(cell: Cell) -> dict[str, float]:
-    """Makespans by router, how far kvshare is ahead of the best other one, and how far any router could be."""
-    routers = [*ROUTERS, *([] if cell.prompts == "turns" else ["bound"])]
-    found = {router: cell.makespan(router) for router in routers}
-    best = min(found["verl"], found["affinity"])
-    return found | {"ahead": best / found["kvshare"] - 1, "possible": best / found.get("bound", math.nan) - 1}
+    """Makespans by router, how far kvshare is ahead of the best other one, and how far any router could be at most."""
+    found = {router: cell.makespan(router) for router in ROUTERS}
+    best, bound = min(found["verl"], found["affinity"]), math.nan if cell.prompts == "turns" else cell.least()
+    return found | {"ahead": best / found["kvshare"] - 1, "possible": best / bound - 1}
 
 
 def table(found: dict[Cell, dict[str, float]]) -> str:
