@@ -55,7 +55,9 @@ async def measure(
         until: time after which no further round begins; monotonic clock.
         save: called with the rows so far after each measurement.
     """
-    rows = {(w, arm): {"rollout": str(w), "arm": arm, "samples": []} for w in workloads for arm in arms}
+    rows: dict[tuple[Workload, str], dict[str, Any]] = {
+        (w, arm): {"rollout": str(w), "arm": arm, "samples": []} for w in workloads for arm in arms
+    }
     async with endpoints([url for urls in engines.by_kind.values() for url in urls]) as found:
         for endpoint in found:
             await endpoint.connect()
