@@ -35,7 +35,7 @@ class Prompt:
     last: str | None = None  # server of the conversation's last turn
     last_tokens: int = 0  # of the last turn
     usual: float = 0.0  # other requests that a server has when all are busy
-    siblings: float = 0.0  # other samples of a prompt, on average
+    samples: float = 0.0  # requests with the same prompt, on average; 0 until a rollout has ended
 
 
 def choices(
@@ -100,7 +100,7 @@ def _cost(server: Server, rate: dict[str, float], prompt: Prompt, wait: float, h
         rate,
         max(server.requests, prompt.usual),
         max(server.context, prompt.usual * prompt.tokens),
-        stalled=max(server.requests, prompt.usual - prompt.siblings),
+        stalled=max(server.requests, prompt.usual + 1 - prompt.samples),
         wait=wait,
         compute=prompt.tokens - has - load,
         load=load,

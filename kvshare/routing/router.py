@@ -67,7 +67,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._turns: LRUCache = LRUCache(CONVERSATIONS)  # request id -> policy, tokens
         self._placed: dict[tuple[str, str], list[Placed]] = {}  # by server and request id, oldest first
         self._most = 0  # requests at the same time
-        self._requests, self._siblings = 0, 0.0  # so far; other samples of a prompt, in the rollouts that have ended
+        self._requests, self._samples = 0, 0.0  # so far; with the same prompt, in the rollouts that have ended
         self._watchers: set[asyncio.Task] = set()
         self._counts = Counts()
         self._event_log = EventLog("router", os.environ.get(RUN_DIR))
@@ -109,7 +109,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         if placed.leader and not placed.leader.outcome.done():
             asyncio.get_running_loop().call_later(AFTER_RELEASE, self._chunks.settle, placed.leader, False)
         if not self._placed:
-            self._siblings = self._requests / max(1, self._counts.leaders) - 1
+            self._samples = self._requests / max(1, self._counts.leaders)
             self._write_counters()
 
     def add_servers(self, servers: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             last, last_tokens = None, 0
         self._most = max(self._most, self.get_total_inflight() + 1)
         usual = self._most / len(self._servers) - 1
-        prompt = Prompt(tokens, digests, last, min(last_tokens, tokens), usual, self._siblings)
+        prompt = Prompt(tokens, digests, last, min(last_tokens, tokens), usual, self._samples)
         now = asyncio.get_running_loop().time()
         rate = self._listener.rate
         return prompt, choices(self._state, self._chunks, rate, prompt, self._chunk_size, now, hold=self._spread)
