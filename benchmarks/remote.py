@@ -198,12 +198,12 @@ def main() -> None:
     from kvshare import vllm_plugin
 
     vllm_plugin.register()
-    from kvshare.hooks.lmcache import remote_client
+    from kvshare.hooks.lmcache import remote_client, remote_lm
 
     row("kvshare's client, LMCache's server", theirs)
     for remote_client.THREADS in (1, 2, 4):
         row(f"shared memory, {remote_client.THREADS} threads", ours, memory)
-    remote_client.SharedConnection.open = lambda *_: None
+    remote_lm.SharedConnection.open = lambda *_: None
     for remote_client.THREADS in (1, 2, 4):
         row(f"kvshare's client and server by TCP, {remote_client.THREADS} connections", ours)
     Console(width=140).print(table)

@@ -110,4 +110,4 @@ def test_closed_while_the_server_is_away(open_cache, backend):
 
 
 def _probes():
-    return [thread for thread in threading.enumerate() if thread.name == "kvshare-lm-probe"]
+    return [thread for thread in threading.enumerate() if thread.name == "kvshare-remote-probe"]

@@ -21,7 +21,7 @@ vllm_plugin.register()
 
 import lmcache.v1.storage_backend.connector.lm_connector  # noqa: E402, F401  the hook makes the client importable
 
-from kvshare.hooks.lmcache import remote_shm  # noqa: E402
+from kvshare.hooks.lmcache import remote_entry, remote_shm  # noqa: E402
 from kvshare.hooks.lmcache.remote_shm import SharedConnection  # noqa: E402
 
 ROOM = 40  # chunks that the server has memory for
@@ -136,7 +136,7 @@ def test_entry_overwritten(open_cache, server, monkeypatch, part):
     """By entries of another client, once the server has said where the entry is."""
     cache, other = open_cache(), open_cache()
     cache.put([1])
-    monkeypatch.setattr(remote_shm, "PART", CHUNK_BYTES // 2)
+    monkeypatch.setattr(remote_entry, "PART", CHUNK_BYTES // 2)
     copied = []
 
     def copyto(target, source, really=remote_shm.np.copyto):

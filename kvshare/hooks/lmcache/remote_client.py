@@ -1,14 +1,12 @@
-"""Replace LMCache's ``lm://`` client with one that copes with a slow, hung, faulty, restarted or dead server.
+"""A client of the remote backend that copes with a slow, hung, faulty, restarted or dead server.
 
-LMCache 0.5.6's client (LMCServerConnector) never reconnects to a restarted server and waits forever for a hung one. It
-accepts part of a reply as the whole, and loads entries that a dying client left incomplete. This client uses the same
-protocol, URL and settings.
+It is the same for all servers. What differs is the Connection: remote_lm.py has those to an ``lm://`` server,
+remote_engine.py one that uses LMCache's own connector to Valkey, Redis or Mooncake.
 
 * No operation takes longer than ``blocking_timeout_secs`` of the LMCache config. An operation is the lookup or the load
   of a whole prompt. After a failure the client sends nothing until a background probe finds the server healthy. Until
   then lookups miss, and vLLM recomputes.
-* The chunks of a prompt go over several connections at once: through shared memory if ``kvshare server`` runs on this
-  host (remote_shm.py), else by TCP (remote_tcp.py).
+* The chunks of a prompt go over several connections at once.
 * A put returns when its entry can be found, and raises if it cannot.
 * An entry ends with a checksum of its key and content. A wrong checksum is a miss.
 """
@@ -21,17 +19,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 
-from kvshare.core.lm_protocol import CHECKSUM
 from kvshare.core.log_limit import LimitedLogger
-from kvshare.hooks.lmcache.remote_shm import SharedConnection
-from kvshare.hooks.lmcache.remote_tcp import Connection
-from kvshare.hooks.patch import replace
 
 logger = logging.getLogger(__name__)
 often = LimitedLogger(logger)  # for what each entry or request may repeat
@@ -41,24 +35,51 @@ PUTS = 8  # entries that one thread stores before it asks for them
 PROBE_EVERY = 1.0  # seconds
 OF_TIMEOUT = 0.9  # when the timeout is over, LMCache drops what has arrived
 
-
-def patch_lm_connector(module: Any) -> None:
-    """Replace the class in its module: LMCache looks it up there for each new connector."""
-    known = {"18e408041daf": "0.4.4, 0.5.3", "7b81d568062d": "0.5.6"}
-    replace(module, "LMCServerConnector", LMConnector, known)
+Allocate = Callable[[Any], Any]
+"""Returns memory for an entry, given what the connection knows of it. Raises MemoryError if there is none."""
 
 
-class LMConnector(RemoteConnector):
-    def __init__(self, host: str, port: int, loop: asyncio.AbstractEventLoop, local_cpu_backend: Any) -> None:
+class Connection(Protocol):
+    """To a server. Used by one thread at a time, and closed after an exception.
+
+    Each method raises OSError if the server has gone, or does not answer before ``deadline``.
+    """
+
+    deadline: float
+
+    def check(self) -> None:
+        """Return when the server has answered that it is healthy."""
+
+    def has(self, keys: Sequence[Any]) -> list[bool]:
+        """Whether the server has each entry."""
+
+    def get(self, keys: Sequence[Any], allocate: Allocate) -> Iterator[Any]:
+        """The memory object of each entry; None for those that the server lacks or whose checksum is wrong."""
+
+    def put(self, keys: Sequence[Any], chunks: Sequence[Any]) -> list[bool]:
+        """Whether the server keeps each entry."""
+
+    def close(self) -> None: ...
+
+
+class Client(RemoteConnector):
+    """Does what is the same for all servers.
+
+    Args:
+        name: of the server, for log lines.
+        local_cpu_backend: LMCache's local memory, which takes the chunks that arrive.
+    """
+
+    def __init__(self, name: str, local_cpu_backend: Any) -> None:
         super().__init__(local_cpu_backend.config, local_cpu_backend.metadata)
-        self._address, self._name = (host, port), f"lm://{host}:{port}"
+        self._name = name
         self._timeout = OF_TIMEOUT * float(local_cpu_backend.config.blocking_timeout_secs)
         self._memory = local_cpu_backend
         self._idle: deque[Connection] = deque()
         self._down, self._closed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._getting = ThreadPoolExecutor(THREADS, "kvshare-lm-get")
-        self._putting = ThreadPoolExecutor(THREADS, "kvshare-lm-put")
+        self._getting = ThreadPoolExecutor(THREADS, "kvshare-remote-get")
+        self._putting = ThreadPoolExecutor(THREADS, "kvshare-remote-put")
         self._puts: deque[tuple[Any, Any, Future[None]]] = deque()
 
     @property
@@ -132,12 +153,13 @@ class LMConnector(RemoteConnector):
                 often.error("%s: %s", self._name, error)
         return chunks + [None] * (len(keys) - len(chunks))
 
-    def _allocate(self, reply: Any) -> Any:
-        size = reply.length - CHECKSUM
-        if not reply.dtype or size != reply.shape.numel() * reply.dtype.itemsize or size > self.full_chunk_size_bytes:
-            raise ValueError(f"it sent an entry of {reply.length} bytes, which kvshare did not store")
+    def _allocate(self, entry: Any) -> Any:
+        """Memory for an entry, of which the connection tells the client ``entry``."""
+        raise NotImplementedError
+
+    def _chunk(self, shape: Any, dtype: Any, kind: Any) -> Any:
         # LMCache's default waits for free memory. The owner of that memory may be waiting for this call.
-        chunk = self._memory.allocate(reply.shape, reply.dtype, reply.fmt, busy_loop=False)
+        chunk = self._memory.allocate(shape, dtype, kind, busy_loop=False)
         if chunk is None:
             raise MemoryError("LMCache has no free local memory for an entry")
         return chunk
@@ -200,7 +222,7 @@ class LMConnector(RemoteConnector):
             raise
 
     def _call(self, operation: Callable[[Connection], Any], connection: Connection, deadline: float) -> Any:
-        connection.link.deadline = deadline
+        connection.deadline = deadline
         try:
             result = operation(connection)
         except BaseException:
@@ -212,7 +234,7 @@ class LMConnector(RemoteConnector):
         return result
 
     def _open(self, deadline: float) -> Connection:
-        return SharedConnection.open(*self._address, deadline) or Connection.open(*self._address, deadline)
+        raise NotImplementedError
 
     def _take_idle(self) -> Connection | None:
         try:
@@ -230,7 +252,7 @@ class LMConnector(RemoteConnector):
                 return
             self._down.set()
         logger.error("%s: %s; nothing is asked of it until it is healthy, KV is recomputed", self._name, error)
-        threading.Thread(target=self._probe, name="kvshare-lm-probe", daemon=True).start()
+        threading.Thread(target=self._probe, name="kvshare-remote-probe", daemon=True).start()
 
     def _probe(self) -> None:
         while not self._closed.wait(PROBE_EVERY):

@@ -13,13 +13,13 @@ from weakref import WeakValueDictionary
 import numpy as np
 from lmcache.v1.protocol import ServerMetaMessage, ServerReturnCode
 
-from kvshare.core import lm_protocol
-from kvshare.core.lm_protocol import CHECKSUM, REPLY
+from kvshare.core.lm_protocol import REPLY
 from kvshare.core.shared_memory import COMMIT, FIND, PLACE, RESERVE, address, same_user
+from kvshare.hooks.lmcache import remote_entry
+from kvshare.hooks.lmcache.remote_client import Allocate
+from kvshare.hooks.lmcache.remote_entry import batches
 from kvshare.hooks.lmcache.remote_link import Link, left
-from kvshare.hooks.lmcache.remote_tcp import GETS, Allocate, Connection, batches, checked, request
-
-PART = 1 << 20  # bytes
+from kvshare.hooks.lmcache.remote_tcp import GETS, TCPConnection, request
 
 
 class Memory:
@@ -68,7 +68,7 @@ class Place(NamedTuple):
     warm: bool
 
 
-class SharedConnection(Connection):
+class SharedConnection(TCPConnection):
     def __init__(self, link: Link, memory: Memory) -> None:
         super().__init__(link)
         self._memory = memory
@@ -78,7 +78,7 @@ class SharedConnection(Connection):
         del self._memory  # what an exception holds of this connection must not keep the memory of a dead server
 
     @classmethod
-    def open(cls, host: str, port: int, deadline: float) -> Connection | None:  # type: ignore[override]
+    def open(cls, host: str, port: int, deadline: float) -> SharedConnection | None:  # type: ignore[override]
         """None if no server of this host and user listens on ``host:port``, or its memory cannot be mapped."""
         connected = _connect(host, port, deadline)
         if connected is None:
@@ -97,7 +97,7 @@ class SharedConnection(Connection):
             for key, place in zip(some, self._places(len(some)), strict=True):
                 left(self.link.deadline)
                 found = place.reply.code == ServerReturnCode.SUCCESS
-                yield self._read(key, place, allocate) if found else None
+                yield self._copy(key, allocate(place.reply), place) if found else None
 
     def put(self, keys: Sequence[Any], chunks: Sequence[Any]) -> list[bool]:
         self.link.send(b"".join(request(RESERVE, key, chunk) for key, chunk in zip(keys, chunks, strict=True)))
@@ -119,34 +119,14 @@ class SharedConnection(Connection):
         ]
 
     def _write(self, key: Any, chunk: Any, place: Place) -> None:
-        content, hashed = _bytes(chunk), lm_protocol.hasher(key.to_string())
-        for part in _parts(len(content)):
-            hashed.update(content[part])
-            self._memory.write(place.offset + part.start, content[part], place.warm)
-        self._memory.write(place.offset + len(content), hashed.digest(), place.warm)
+        remote_entry.write(
+            key, chunk, lambda start, part: self._memory.write(place.offset + start, part, place.warm)
+        )
 
-    def _read(self, key: Any, place: Place, allocate: Allocate) -> Any:
+    def _copy(self, key: Any, chunk: Any, place: Place) -> Any:
         """The entry may be evicted, and another written in its place, at any time. The checksum of the copy tells."""
-        chunk = allocate(place.reply)
-        try:
-            entry = self._memory.bytes[place.offset : place.offset + place.reply.length]
-            content, hashed = _bytes(chunk), lm_protocol.hasher(key.to_string())
-            for part in _parts(len(content)):
-                np.copyto(content[part], entry[part])
-                hashed.update(content[part])
-            return checked(chunk, hashed.digest() == entry[-CHECKSUM:].tobytes())
-        except BaseException:
-            chunk.ref_count_down()
-            raise
-
-
-def _bytes(chunk: Any) -> Any:
-    return np.frombuffer(chunk.byte_array, np.uint8)
-
-
-def _parts(length: int) -> Iterator[slice]:
-    """Each is hashed while it is in the processor's cache. numpy and xxhash let other threads run meanwhile."""
-    return (slice(start, min(start + PART, length)) for start in range(0, length, PART))
+        entry = self._memory.bytes[place.offset : place.offset + place.reply.length]
+        return remote_entry.read(key, chunk, lambda start, part: np.copyto(part, entry[start : start + len(part)]))
 
 
 def _connect(host: str, port: int, deadline: float) -> socket.socket | None:

@@ -6,25 +6,20 @@ a lookup of a prompt takes one round trip, and while one entry is checked, the n
 
 from __future__ import annotations
 
-import logging
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.protocol import ClientCommand, ClientMetaMessage, ServerMetaMessage, ServerReturnCode
 
-from kvshare.core import lm_protocol
 from kvshare.core.lm_protocol import CHECKSUM, EXIST, GET, HEALTH_REQUEST, PUT
-from kvshare.core.log_limit import LimitedLogger
+from kvshare.hooks.lmcache import remote_entry
+from kvshare.hooks.lmcache.remote_client import Allocate
+from kvshare.hooks.lmcache.remote_entry import batches
 from kvshare.hooks.lmcache.remote_link import Link, left
-
-often = LimitedLogger(logging.getLogger(__name__))  # for what each entry may repeat
-
-Allocate = Callable[[ServerMetaMessage], Any]
-"""Returns memory for the entry of a reply. Raises MemoryError if there is none."""
 
 LOOKUPS = 256  # requests ahead of their answers: both must fit into the buffers of the sockets
 GETS = 16
@@ -33,31 +28,34 @@ _COMMAND = struct.Struct("i")
 _NO_DATA = MemoryFormat(1), torch.float16, torch.Size([0, 0, 0, 0])
 
 
-class Connection:
-    """Used by one thread at a time. After an exception it must be closed.
-
-    Each method raises OSError if the server has gone, or does not answer before ``link.deadline``.
-    """
+class TCPConnection:
+    """A Connection of remote_client.py."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
 
     @classmethod
-    def open(cls, host: str, port: int, deadline: float) -> Connection:
+    def open(cls, host: str, port: int, deadline: float) -> TCPConnection:
         connected = socket.create_connection((host, port), timeout=left(deadline))
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return cls(Link(connected, deadline))
+
+    @property
+    def deadline(self) -> float:
+        return self.link.deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float) -> None:
+        self.link.deadline = deadline
 
     def close(self) -> None:
         self.link.close()
 
     def check(self) -> None:
-        """Return when the server has answered that it is healthy."""
         self.link.send(HEALTH_REQUEST)
         self._replies(1)
 
     def has(self, keys: Sequence[Any]) -> list[bool]:
-        """Whether the server has each entry."""
         found = []
         for some in batches(keys, LOOKUPS):
             self.link.send(b"".join(request(EXIST, key) for key in some))
@@ -66,21 +64,21 @@ class Connection:
         return found
 
     def get(self, keys: Sequence[Any], allocate: Allocate) -> Iterator[Any]:
-        """The memory object of each entry; None for those that the server lacks or whose checksum is wrong."""
         for some in batches(keys, GETS):
             self.link.send(b"".join(request(GET, key) for key in some))
             for key in some:
                 (reply,) = self._replies(1)
-                yield self._receive(key, reply, allocate) if reply.code == ServerReturnCode.SUCCESS else None
+                yield self._read(key, allocate(reply)) if reply.code == ServerReturnCode.SUCCESS else None
 
     def put(self, keys: Sequence[Any], chunks: Sequence[Any]) -> list[bool]:
-        """Whether the server keeps each entry. It does not answer a PUT, so it is asked after all of them."""
+        """The server does not answer a PUT, so it is asked after all of them."""
         for key, chunk in zip(keys, chunks, strict=True):
-            data = chunk.byte_array
             self.link.send(request(PUT, key, chunk))
-            self.link.send(data)
-            self.link.send(lm_protocol.checksum(key.to_string(), data))
+            remote_entry.write(key, chunk, lambda _, part: self.link.send(part))
         return self.has(keys)
+
+    def _read(self, key: Any, chunk: Any) -> Any:
+        return remote_entry.read(key, chunk, lambda _, part: self.link.receive(part))
 
     def _expect_small_replies(self) -> None:
         """LMCache's server waits for the acknowledgement of one before it sends the next: acknowledge at once."""
@@ -92,26 +90,6 @@ class Connection:
         self.link.receive(data)
         return [ServerMetaMessage.deserialize(data[start : start + size]) for start in range(0, len(data), size)]
 
-    def _receive(self, key: Any, reply: ServerMetaMessage, allocate: Allocate) -> Any:
-        chunk = allocate(reply)
-        checksum = bytearray(CHECKSUM)
-        try:
-            self.link.receive(chunk.byte_array)
-            self.link.receive(checksum)
-        except BaseException:
-            chunk.ref_count_down()
-            raise
-        return checked(chunk, checksum == lm_protocol.checksum(key.to_string(), chunk.byte_array))
-
-
-def checked(chunk: Any, is_right: bool) -> Any:
-    """``chunk`` if its checksum is right. If not, it is freed, and the result is None."""
-    if is_right:
-        return chunk
-    often.error("an entry is not what was stored (damaged, or evicted while it was read): its KV is recomputed")
-    chunk.ref_count_down()
-    return None
-
 
 def request(command: int, key: Any, chunk: Any = None) -> bytes:
     """A request for an entry; ``chunk`` is the memory object to store, if any."""
@@ -121,7 +99,3 @@ def request(command: int, key: Any, chunk: Any = None) -> bytes:
         meta = chunk.get_memory_format(), chunk.get_dtype(), chunk.get_shape()
     message = ClientMetaMessage(ClientCommand.PUT, key, length, *meta).serialize()
     return _COMMAND.pack(command) + message[_COMMAND.size :]
-
-
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
