@@ -30,6 +30,7 @@ LOOPBACK = "127.0.0.1"
 @services.command(context_settings=PASSES)
 def up(
     backend: BackendOption,
+    engine: Annotated[str, typer.Option(help="valkey or mooncake, for --backend remote.")] = "",
     host: Host = LOOPBACK,
     folder: Folder = HERE,
     as_json: Json = False,
@@ -37,7 +38,7 @@ def up(
 ) -> None:
     """Start the service, or keep a healthy one, and print what to export: eval "$(kvshare services up …)"."""
     try:
-        started = background.up(backend, host, folder, arguments or [])
+        started = background.up(backend, host, folder, arguments or [], engine)
     except NotStarted as failed:
         raise _failed(failed) from None
     _print(started, as_json)

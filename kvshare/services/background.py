@@ -17,8 +17,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from kvshare.core.errors import UserError
-from kvshare.services import health
-from kvshare.services.backends import BACKENDS, place
+from kvshare.services import backends, health
 from kvshare.services.processes import end_marked
 
 MARK = "KVSHARE_SERVICE"
@@ -29,6 +28,7 @@ class Started:
     """A service that ``up`` has started. It may have ended since."""
 
     backend: str
+    engine: str  # of the remote backend; empty for kvshare server
     pid: int
     mark: str
     exports: dict[str, str]
@@ -37,17 +37,18 @@ class Started:
 
     @property
     def service(self) -> str:
-        return BACKENDS[self.backend].service
+        return backends.of(self.backend, self.engine).service
 
     def check(self) -> str:
         """Return the address of the service; raise UserError if it is not healthy."""
-        return BACKENDS[self.backend].check(self.exports)
+        return backends.of(self.backend, self.engine).check(self.exports)
 
 
-def up(backend: str, listen: str, folder: Path, arguments: list[str]) -> Started:
+def up(backend: str, listen: str, folder: Path, arguments: list[str], engine: str = "") -> Started:
     """Start the service of a backend and wait until it is healthy. Keep a service that is already up and healthy.
 
     Args:
+        engine: key of ENGINES; empty for the backend's own service.
         listen: address to listen on.
         folder: folder for state, log and the files of the service.
         arguments: further arguments for the service.
@@ -59,10 +60,12 @@ def up(backend: str, listen: str, folder: Path, arguments: list[str]) -> Started
         if known := read(backend, folder):
             try:
                 known.check()
-                return known
+                if known.engine == engine:
+                    return known
             except UserError:
-                _end(known, folder)
-        command, exports = place(BACKENDS[backend], listen, folder)
+                pass
+            _end(known, folder)
+        command, exports = backends.place(backends.of(backend, engine), listen, folder)
         log, mark = folder.resolve() / f"{backend}.log", uuid4().hex
         command += arguments
         process = subprocess.Popen(
@@ -73,7 +76,7 @@ def up(backend: str, listen: str, folder: Path, arguments: list[str]) -> Started
             env={**os.environ, MARK: mark},
             start_new_session=True,
         )
-        started = Started(backend, process.pid, mark, exports, command, str(log))
+        started = Started(backend, engine, process.pid, mark, exports, command, str(log))
         try:
             _file(backend, folder).write_text(json.dumps(asdict(started), indent=2) + "\n")
             health.wait_healthy(started.service, process, started.check, log)

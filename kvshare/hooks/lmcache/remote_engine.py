@@ -69,7 +69,7 @@ class Memory:
         tokens = local.metadata.chunk_size
         self.length = length + tokens * -(-CHECKSUM // tokens)  # LMCache asserts whole bytes a token
         self.config, self.metadata = copy.copy(local.config), copy.copy(local.metadata)
-        self.config.extra_config = {**(local.config.extra_config or {}), **extra}
+        self.config.extra_config = {**extra, **(local.config.extra_config or {}), "save_chunk_meta": False}
         self.metadata.use_mla = False
         self.metadata.kv_layer_groups_manager = None
         self.metadata.kv_dtype = torch.uint8

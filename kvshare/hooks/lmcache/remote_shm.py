@@ -119,9 +119,7 @@ class SharedConnection(TCPConnection):
         ]
 
     def _write(self, key: Any, chunk: Any, place: Place) -> None:
-        remote_entry.write(
-            key, chunk, lambda start, part: self._memory.write(place.offset + start, part, place.warm)
-        )
+        remote_entry.write(key, chunk, lambda start, part: self._memory.write(place.offset + start, part, place.warm))
 
     def _copy(self, key: Any, chunk: Any, place: Place) -> Any:
         """The entry may be evicted, and another written in its place, at any time. The checksum of the copy tells."""

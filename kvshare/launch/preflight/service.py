@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvshare.core import ports
+from kvshare.core.engines import PACKAGES
 from kvshare.core.job import Job
 from kvshare.services.backends import BACKENDS, remote
 
@@ -32,8 +33,8 @@ def untried(job: Job) -> Iterator[str]:
     """Say which storage is not known to work."""
     if job.shares and job.backend == "remote":
         for url in remote.urls(job):
-            if not url.startswith("lm://"):
-                yield f"{url} is not known to work with kvshare: only lm:// is (kvshare server, lmcache_server)"
+            if url.partition("://")[0] not in ("lm", *PACKAGES):
+                yield f"{url} is not known to work with kvshare: only lm:// and {', '.join(PACKAGES)} are"
         if job.lmcache.enable_p2p:
             yield "enable_p2p: true beside a remote server is not known to work: use one of the two"
     if job.shares and job.backend == "p2p" and job.lmcache.remote_url:

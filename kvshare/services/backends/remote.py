@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from kvshare.core import policy, server_status
+from kvshare.core.engines import PACKAGES
 from kvshare.core.job import Job
 from kvshare.core.ports import in_url
-from kvshare.services import health
+from kvshare.services import engines, health
 from kvshare.services.backends.interface import Backend, Exports, Ports
 
 KEEP_NOTHING = ("blackhole", "mock", "plugin://mock")
 """Schemes of LMCache's connectors for its own tests. What one replica stores, no other finds."""
 
-PARSED = ("lm", "fs", "redis", "valkey", "infinistore")
+PARSED = ("lm", "fs", "infinistore", *PACKAGES)
 """Schemes of connectors that want host and port (parse_remote_url), ``fs`` too: fs://localhost:1/folder."""
 
 
@@ -59,6 +60,16 @@ def _url(job: Job, url: str) -> Iterator[str]:
         health.host_and_port(url)
         if scheme == "lm":
             yield from _key(job)
+        if scheme in PACKAGES:
+            yield from _engine(job, url)
+
+
+def _engine(job: Job, url: str) -> Iterator[str]:
+    engines.installed(url)
+    for key in ("save_unfull_chunk", "use_layerwise"):
+        if getattr(job.lmcache, key, False):
+            engine = url.partition("://")[0]
+            yield f"{key}: true: kvshare stores only whole chunks of all layers in {engine}: set it to false"
 
 
 def _key(job: Job) -> Iterator[str]:
@@ -80,6 +91,9 @@ def _running(job: Job) -> Iterator[str]:
     for url in urls(job):
         if url.startswith("lm://"):
             told.append("lmcache_server at " + health.check_lmcache_server(url))
+        elif url.partition("://")[0] in PACKAGES:
+            extra = job.lmcache.extra_config or {}
+            told.append(engines.check(url, extra.get("valkey_username", ""), extra.get("valkey_password", "")))
         else:
             told.append(f"{url}, {'a folder' if url.startswith('fs://') else health.reach(url)}")
     job.facts["service"] = ", ".join(told)
