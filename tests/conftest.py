@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from backend import BACKENDS, Backend
+from engine_backends import Mooncake, Valkey
 from engines import Engine
 from hypothesis import HealthCheck, settings
 from oracle import Weights
@@ -23,6 +24,7 @@ from kvshare.tools.demo import QUIET
 pytest_plugins = ("jobs",)
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK = 256  # tokens; as in config/remote_backend_config.yaml
+BACKENDS.update(valkey=Valkey, mooncake=Mooncake)
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))
 
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared

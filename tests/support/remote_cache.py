@@ -26,6 +26,7 @@ class Cache:
     """LMCache's local CPU tier and its remote backend, with the event loop they share.
 
     Args:
+        address: HOST:PORT of an lm:// server, or another URL.
         room: chunks that the local tier has memory for.
         timeout: seconds for an operation on the server.
     """
@@ -40,7 +41,7 @@ class Cache:
             chunk_size=256,
             local_cpu=False,
             max_local_cpu_size=room * CHUNK_BYTES / 2**30,
-            remote_url=f"lm://{address}",
+            remote_url=address if "://" in address else f"lm://{address}",
             remote_serde="naive",
             blocking_timeout_secs=timeout,
         )

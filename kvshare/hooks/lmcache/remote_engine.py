@@ -111,6 +111,9 @@ class Engine:
             ConnectionError: it failed.
             TimeoutError: it has not ended in time.
         """
+        if self.failed:  # another one makes the next operations
+            operation.close()
+            raise ConnectionError("the connection has failed")
         future = asyncio.run_coroutine_threadsafe(operation, self._loop)
         self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
