@@ -1,7 +1,7 @@
 """How fast the `remote` backend moves KV on this machine, beside what the machine can do, in one run.
 
 LMCache's own RemoteBackend is used as an engine uses it, with kvshare's client or LMCache's. The entries are those of
-Qwen2.5-7B in bf16: 14.7 MB for 256 tokens.
+Qwen2.5-7B in bf16: 14.7 MB for 256 tokens. Valkey and Mooncake Store are measured if they are installed.
 
     python benchmarks/remote.py [--chunks 8] [--turns 15]
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -19,6 +20,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,7 +32,7 @@ from rich.table import Table
 
 from kvshare.core import ports
 from kvshare.core.errors import UserError
-from kvshare.services import health
+from kvshare.services.backends import BACKENDS, ENGINES, interface
 
 LAYERS, TOKENS, HEADS, HEAD = 28, 256, 4, 128
 SHAPE = torch.Size([2, LAYERS, TOKENS, HEADS * HEAD])
@@ -43,7 +47,7 @@ class Backend:
         room: chunks that the local tier has memory for.
     """
 
-    def __init__(self, port: int, room: int) -> None:
+    def __init__(self, url: str, room: int) -> None:
         from lmcache.v1.config import LMCacheEngineConfig
         from lmcache.v1.metadata import LMCacheMetadata
         from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
@@ -55,7 +59,7 @@ class Backend:
             chunk_size=TOKENS,
             local_cpu=False,
             max_local_cpu_size=(room + 1) * CHUNK / 2**30,
-            remote_url=f"lm://127.0.0.1:{port}",
+            remote_url=url,
             remote_serde="naive",
             blocking_timeout_secs=TIMEOUT,
         )
@@ -103,22 +107,31 @@ def seconds(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 @contextmanager
-def server(module: list[str]) -> Iterator[int]:
-    port = ports.free_port()
-    command = [sys.executable, "-m", *(part.format(port=port) for part in module)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            assert process.poll() is None, command
-            try:
-                health.check_lmcache_server(f"lm://127.0.0.1:{port}")
-                break
-            except UserError:
-                time.sleep(0.2)
-        yield port
-    finally:
-        process.kill()
-        process.wait()
+def server(backend: interface.Backend, *arguments: str) -> Iterator[str]:
+    """Start the service of a backend; its URL."""
+    found = {name: ports.free_port() for name in backend.ports}
+    with TemporaryDirectory() as folder:
+        exports = backend.exports("127.0.0.1", found, Path(folder))
+        command = [*backend.command("127.0.0.1", found, Path(folder)), *arguments]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            while True:
+                assert process.poll() is None, command
+                try:
+                    backend.check(exports)
+                    break
+                except UserError:
+                    time.sleep(0.2)
+            yield exports["LMCACHE_REMOTE_URL"]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def lmcache_server(listen: str, found: dict[str, int], folder: Path) -> list[str]:
+    return [sys.executable, "-m", "lmcache.v1.server", listen, str(found["server"])]
 
 
 class Memory:
@@ -156,8 +169,8 @@ class Loopback:
 class Rates:
     """GB/s of the first put, of later ones and of gets, beside the machine's own in the same turn; ms of a lookup."""
 
-    def __init__(self, port: int, count: int, turns: int, beside: Memory | Loopback) -> None:
-        backend, size = Backend(port, 2 * count), count * CHUNK / 1e9
+    def __init__(self, url: str, count: int, turns: int, beside: Memory | Loopback) -> None:
+        backend, size = Backend(url, 2 * count), count * CHUNK / 1e9
         self.first = size / seconds(backend.put, keys(0, count))
         self.own, self.puts, self.gets = [], [], []
         for turn in range(1, turns + 1):
@@ -188,12 +201,12 @@ def main() -> None:
         "GB/s, best (median of the share of the machine's own)", "own", "first put", "put", "get", "lookup, ms"
     )
 
-    def row(name: str, module: list[str], beside: Memory | Loopback = loopback) -> None:
-        with server(module) as port:
-            table.add_row(name, *Rates(port, count, turns, beside).cells())
+    def row(name: str, backend: interface.Backend, *arguments: str, beside: Memory | Loopback = loopback) -> None:
+        with server(backend, *arguments) as url:
+            table.add_row(name, *Rates(url, count, turns, beside).cells())
 
-    theirs = ["lmcache.v1.server", "127.0.0.1", "{port}"]
-    ours = ["kvshare", "server", "127.0.0.1", "{port}", "--memory", f"{1.3 * count * CHUNK / 2**30}"]
+    theirs = replace(BACKENDS["remote"], command=lmcache_server)
+    ours = BACKENDS["remote"], "--memory", f"{1.3 * count * CHUNK / 2**30}"
     row("LMCache's client and server", theirs)
     from kvshare import vllm_plugin
 
@@ -202,10 +215,17 @@ def main() -> None:
 
     row("kvshare's client, LMCache's server", theirs)
     for remote_client.THREADS in (1, 2, 4):
-        row(f"shared memory, {remote_client.THREADS} threads", ours, memory)
+        row(f"shared memory, {remote_client.THREADS} threads", *ours, beside=memory)
     remote_lm.SharedConnection.open = lambda *_: None
     for remote_client.THREADS in (1, 2, 4):
-        row(f"kvshare's client and server by TCP, {remote_client.THREADS} connections", ours)
+        row(f"kvshare's client and server by TCP, {remote_client.THREADS} connections", *ours)
+    room = 3 * count * CHUNK
+    all_turns = 1.2 * (turns + 1) * count * CHUNK / 2**30  # GiB: Mooncake refuses entries while full of recent ones
+    for engine, *memory_option in (("valkey", "--maxmemory", str(room)), ("mooncake", "--memory", str(all_turns))):
+        try:
+            row(f"{engine}, {remote_client.THREADS} threads", ENGINES[engine], *memory_option)
+        except UserError as missing:
+            print(missing)
     Console(width=140).print(table)
 
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from kvshare.core.engines import mooncake
 
+LEASE_MS = 2000
 ANSWERS_IN = 30  # seconds until the master answers
 
 
@@ -44,6 +45,8 @@ def serve(url: str, metrics_port: int, memory: int) -> str:
             f"--rpc_port={address.port}",
             f"--metrics_host={address.hostname}",
             f"--metrics_port={metrics_port}",
+            # It never evicts what was read or looked up so recently. Ten seconds, its default, is all that fits.
+            f"--default_kv_lease_ttl={LEASE_MS}",
         ]
     )
     deadline = time.monotonic() + ANSWERS_IN

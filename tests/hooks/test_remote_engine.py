@@ -213,7 +213,7 @@ def test_a_connector_that_blocks_its_event_loop(misbehaving):
 
 def test_an_error_is_a_miss_and_not_a_hit(misbehaving, monkeypatch):
     """Mooncake's lookup answers an error with a negative number, which LMCache takes for a hit."""
-    cache, made = misbehaving
+    cache, _ = misbehaving
     assert cache.put([1])
     monkeypatch.setattr(Misbehaving, "exists", lambda *_: asyncio.sleep(0, -5))
     assert cache.found([1]) == 0
