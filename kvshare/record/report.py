@@ -11,6 +11,7 @@ import msgspec
 
 from kvshare.core import server_status
 from kvshare.core.errors import UserError
+from kvshare.record import ucx
 from kvshare.record.event_reader import Reader
 from kvshare.record.rows import Logged
 from kvshare.record.summary import summarize
@@ -30,6 +31,7 @@ def read(folder: Path, baseline: Path | None = None) -> dict[str, Any]:
             )
     run = json.loads((folder / "run.json").read_text())
     run["server"] = server_status.read(run.pop("server_status", None))
+    run["p2p_transport"] = ucx.of_run(folder)
     return summarize(Reader(folder).read(), _steps(folder), run, _steps(baseline) if baseline else None)
 
 

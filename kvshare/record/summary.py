@@ -150,6 +150,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         "kvshare server": server
         and f"{server['bytes'] / 2**30:.2f} of {server['limit'] / 2**30:.2f} GiB; "
         f"{server['evicted']:,} entries evicted, {server['refused']:,} refused",
+        "replicas write KV by": report.get("p2p_transport"),
         "LMCache": report["late"]
         and f"came up late in replica {', '.join(map(str, report['late']))}, which shared nothing until then",
         "freshness": _freshness(report),

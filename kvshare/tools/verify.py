@@ -35,6 +35,7 @@ COUNTERS = {  # all count prompt tokens
     "found": "vllm:external_prefix_cache_hits_total",
     "loaded": "kvshare:loaded_tokens_total",
 }
+TRANSPORT = "kvshare:p2p_transport_info"
 
 
 class Answer(NamedTuple):
@@ -89,6 +90,14 @@ class Server:
             raise UserError(f"{self.url} stopped answering ({error}): see its log") from None
         seconds = time.monotonic() - began
         return Answer(logprobs["tokens"], logprobs["token_logprobs"], seconds, **self._counted(before, len(prompt)))
+
+    def transport(self) -> str:
+        """What UCX moves KV through between P2P replicas; empty with other backends."""
+        try:
+            found = vllm_http.labels(vllm_http.get(f"{self.url}/metrics"), TRANSPORT)
+        except OSError as error:
+            raise UserError(f"{self.url}/metrics does not answer ({error}): is it a vLLM server?") from None
+        return "; ".join(sorted({labels["transport"] for labels in found}))
 
     def _counts(self) -> dict[str, int]:
         try:
@@ -174,6 +183,8 @@ class Verification:
             raise Fault(
                 "NOT SHARING", f"the second found {answer.found:,} tokens, and none of them arrived: {REJECTED}"
             )
+        if transport := self._second.transport():
+            self.facts["moved by"] = transport
         return f"the second loaded {answer.loaded:,} of {self._length:,} tokens, and answers as it does without a cache"
 
     def _new(self) -> Answer:

@@ -41,7 +41,7 @@ def metrics(text: str) -> dict[str, float]:
     return dict(sums)
 
 
-def labels(text: str, name: str) -> dict[str, str]:
-    """Labels of one metric, the first of this name, in what /metrics answers."""
+def labels(text: str, name: str) -> list[dict[str, str]]:
+    """Labels of each sample of a metric, in what /metrics answers."""
     samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
-    return next(sample.labels for sample in samples if sample.name == name)
+    return [sample.labels for sample in samples if sample.name == name]

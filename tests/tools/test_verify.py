@@ -24,6 +24,9 @@ class Server:
         known = (verify._prompt(f"kvshare verify, {place}", verify.TOKENS) for place in ("first", "second"))
         self._known = set(map(tuple, known))
 
+    def transport(self):
+        return ""
+
     def ask(self, prompt, salt=None):
         kind = "salted" if salt else "known" if tuple(prompt) in self._known else "new"
         return self._kinds.get(kind, MISS)

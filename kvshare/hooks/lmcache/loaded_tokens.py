@@ -1,5 +1,7 @@
 """Add ``kvshare:loaded_tokens_total`` to vLLM's metrics: the prompt tokens that LMCacheConnectorV1 has loaded.
 
+And, with P2P, ``kvshare:p2p_transport_info``, whose label ``transport`` says what UCX moves them through.
+
 vLLM's own ``external_prefix_cache_hits`` counts the tokens that a lookup found, even if the load then failed and vLLM
 computed them. The new count uses vLLM's path for connector statistics: worker, scheduler, API server.
 """
@@ -12,13 +14,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from kvshare.hooks.lmcache import events
 from kvshare.hooks.patch import optional, replace
+from kvshare.record import ucx
 
 
 class Loads(KVConnectorStats):
-    """``data``: {"loaded": tokens}."""
+    """``data``: {"loaded": tokens, "transport": of P2P, in words}."""
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        return Loads({"loaded": self.data.get("loaded", 0) + other.data.get("loaded", 0)})
+        loaded = self.data.get("loaded", 0) + other.data.get("loaded", 0)
+        return Loads({"loaded": loaded, "transport": other.data.get("transport") or self.data.get("transport")})
 
     def reduce(self) -> dict[str, int | float]:
         return {"loaded tokens": self.data["loaded"]}
@@ -35,10 +39,18 @@ class LoadMetrics(KVConnectorPromMetrics):
         super().__init__(config, metric_types, labelnames, labelvalues)
         what = "Prompt tokens that LMCache has loaded. Failed loads do not count."
         counter = self._counter_cls(name="kvshare:loaded_tokens", documentation=what, labelnames=labelnames)
+        self._transport = self._gauge_cls(
+            name="kvshare:p2p_transport_info",
+            documentation="What UCX moves KV through.",
+            labelnames=[*labelnames, "transport"],
+        )
+        self._labels = labelvalues
         self._loaded: Any = {engine: counter.labels(*values) for engine, values in labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         self._loaded[engine_idx].inc(max(0, transfer_stats_data["loaded"]))  # see take_loaded
+        if transport := transfer_stats_data.get("transport"):
+            self._transport.labels(*self._labels[engine_idx], transport).set(1)
 
 
 @optional("vLLM's metrics lack kvshare:loaded_tokens_total")
@@ -55,4 +67,4 @@ def patch_connector(module: Any) -> None:
 
 def _get_stats(connector: Any) -> Loads | None:
     loaded = events.take_loaded()
-    return Loads({"loaded": loaded}) if loaded else None
+    return Loads({"loaded": loaded, "transport": ucx.own()}) if loaded else None

@@ -27,6 +27,7 @@ from kvshare.hooks.lmcache import p2p_memory
 from kvshare.hooks.lmcache.nixl_agents import nixl_agents, progress
 from kvshare.hooks.lmcache.p2p_memory import Held, Unanswered
 from kvshare.hooks.patch import wrap
+from kvshare.record import ucx
 
 logger = LimitedLogger(logging.getLogger(__name__))
 
@@ -93,6 +94,7 @@ def _init(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> None:
     from lmcache import torch_device_type
 
     thread = torch_device_type != "cpu"  # a thread is faster, and hosts with accelerators have the cores
+    ucx.ask()
     with nixl_agents(thread):
         wrapped(*args, **kwargs)
     _hold_memory(backend)

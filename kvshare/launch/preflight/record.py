@@ -11,9 +11,9 @@ from typing import Any
 from kvshare.core import freshness, server_status, versions
 from kvshare.core.job import Job
 from kvshare.core.versions import installed
-from kvshare.record import event_log
+from kvshare.record import event_log, ucx
 
-OF_A_RUN = ("run.json", "metrics.jsonl", event_log.FILES, "report.*")
+OF_A_RUN = ("run.json", "metrics.jsonl", event_log.FILES, ucx.FILES, "report.*")
 
 
 def record(job: Job, folder: Path) -> None:

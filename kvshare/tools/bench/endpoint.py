@@ -110,7 +110,7 @@ class Endpoint:
     async def pool(self) -> int:
         """Tokens of KV that fit the engine."""
         async with self._session.get(f"{self.url}/metrics") as response:
-            found = vllm_http.labels(await response.text(), "vllm:cache_config_info")
+            found, *_ = vllm_http.labels(await response.text(), "vllm:cache_config_info")
         return int(found["num_gpu_blocks"]) * int(found["block_size"])
 
 
