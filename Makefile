@@ -53,6 +53,8 @@ faults: .venv/dev
 	$(BIN)/pytest -s tests/hooks/test_live_faults.py tests/services/test_lm_server.py tests/long/faults.py \
 	  tests/long/tensor_parallel.py
 	$(BIN)/pytest -s --backend shared tests/hooks/test_live_faults.py tests/hooks/test_remote_shm.py
+	$(BIN)/pytest -s --backend valkey tests/hooks/test_live_faults.py tests/hooks/test_remote_engine.py
+	$(BIN)/pytest -s --backend mooncake tests/hooks/test_live_faults.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_faults.py tests/long/faults.py -k "not soak"
 
 # One engine for hours: weight updates and faults (SOAK_REQUESTS=400 for minutes).

@@ -12,9 +12,9 @@ PACKAGES = {
     "valkey": ("glide_sync", "valkey-glide-sync"),
     "redis": ("redis", "redis"),
     "rediss": ("redis", "redis"),
-    "mooncakestore": ("mooncake", "mooncake-transfer-engine, or -cuda13, -npu, -non-cuda"),
+    "mooncakestore": ("mooncake.store", "mooncake-transfer-engine (or …-cuda13, …-npu, …-non-cuda), and libibverbs1"),
 }
-"""By scheme of remote_url: the module that LMCache's connector imports, and the distribution that has it."""
+"""By scheme of remote_url: the module that LMCache's connector imports, and what must be installed for it."""
 
 
 def settings(url: str, timeout: float, threads: int) -> dict[str, Any] | None:

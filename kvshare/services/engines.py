@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-from importlib.util import find_spec
 
 from kvshare.core.engines import PACKAGES
 from kvshare.core.errors import UserError
@@ -14,15 +14,17 @@ UP = "start it with: kvshare services up --backend remote --engine "
 
 
 def installed(url: str) -> None:
-    """Check that this Python has the client of an engine.
+    """Check that the client of an engine can be imported here.
 
     Raises:
-        UserError: it has not.
+        UserError: it cannot.
     """
     scheme = url.partition("://")[0]
-    module, distribution = PACKAGES[scheme]
-    if find_spec(module) is None:
-        raise UserError(f"{scheme}:// needs a package that is not installed: pip install {distribution}")
+    module, needed = PACKAGES[scheme]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{scheme}:// has no client here ({error}): install {needed}") from None
 
 
 def check(url: str, user: str = "", password: str = "") -> str:
