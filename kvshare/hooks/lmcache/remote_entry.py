@@ -1,6 +1,6 @@
 """What a server keeps for a chunk: an entry, which is the content of the chunk and a checksum of its key and content.
 
-The content is hashed in parts while each is in the processor's cache. numpy and xxhash let other threads run meanwhile.
+numpy and xxhash let other threads run meanwhile.
 """
 
 from __future__ import annotations
@@ -17,33 +17,36 @@ from kvshare.core.log_limit import LimitedLogger
 
 often = LimitedLogger(logging.getLogger(__name__))  # for what each entry may repeat
 
-PART = 1 << 20  # bytes
+PART = 1 << 20
+"""Bytes that are copied in memory and then hashed, while they are in the processor's cache."""
 
 
-def write(key: Any, chunk: Any, put: Callable[[int, Any], None]) -> None:
+def write(key: Any, chunk: Any, put: Callable[[int, Any], None], whole: bool = False) -> None:
     """Call ``put`` with the offset and the bytes of each part of an entry.
 
     Args:
         chunk: LMCache's memory object.
+        whole: whether the content is one part.
     """
     content, hashed = array(chunk), lm_protocol.hasher(key.to_string())
-    for part in _parts(len(content)):
+    for part in _parts(len(content), whole):
         hashed.update(content[part])
         put(part.start, content[part])
     put(len(content), hashed.digest())
 
 
-def read(key: Any, chunk: Any, get: Callable[[int, Any], None]) -> Any:
+def read(key: Any, chunk: Any, get: Callable[[int, Any], None], whole: bool = False) -> Any:
     """Fill ``chunk`` from an entry and return it. If the checksum is wrong, the result is None.
 
     Args:
         get: called with an offset in the entry, and the array to fill with the bytes from there.
+        whole: whether the content is one part.
 
     Whatever happens, ``chunk`` is freed unless it is returned.
     """
     try:
         content, hashed, digest = array(chunk), lm_protocol.hasher(key.to_string()), np.empty(CHECKSUM, np.uint8)
-        for part in _parts(len(content)):
+        for part in _parts(len(content), whole):
             get(part.start, content[part])
             hashed.update(content[part])
         get(len(content), digest)
@@ -66,5 +69,6 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _parts(length: int) -> Iterator[slice]:
-    return (slice(start, min(start + PART, length)) for start in range(0, length, PART))
+def _parts(length: int, whole: bool) -> Iterator[slice]:
+    part = length if whole else PART
+    return (slice(start, min(start + part, length)) for start in range(0, length, part))

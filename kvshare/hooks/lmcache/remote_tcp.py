@@ -2,6 +2,9 @@
 
 A server answers the requests of a connection in order, LMCache's own, too. So requests are sent ahead of their answers:
 a lookup of a prompt takes one round trip, and while one entry is checked, the next one is on its way.
+
+The content of an entry is sent and received whole. In parts of 1 MB, hashed in between, puts and gets were a fifth to a
+third slower on a busy machine.
 """
 
 from __future__ import annotations
@@ -74,11 +77,11 @@ class TCPConnection:
         """The server does not answer a PUT, so it is asked after all of them."""
         for key, chunk in zip(keys, chunks, strict=True):
             self.link.send(request(PUT, key, chunk))
-            remote_entry.write(key, chunk, lambda _, part: self.link.send(part))
+            remote_entry.write(key, chunk, lambda _, part: self.link.send(part), whole=True)
         return self.has(keys)
 
     def _read(self, key: Any, chunk: Any) -> Any:
-        return remote_entry.read(key, chunk, lambda _, part: self.link.receive(part))
+        return remote_entry.read(key, chunk, lambda _, part: self.link.receive(part), whole=True)
 
     def _expect_small_replies(self) -> None:
         """LMCache's server waits for the acknowledgement of one before it sends the next: acknowledge at once."""
