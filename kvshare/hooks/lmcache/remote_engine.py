@@ -15,10 +15,10 @@ import copy
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, wait
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from lmcache.utils import CacheEngineKey
 
@@ -55,7 +55,7 @@ def _create_connector(wrapped: Any, manager: Any, args: tuple, kwargs: dict) -> 
 
 
 class Memory:
-    """Stands for LMCache's local memory before a connector: has room for one entry of each thread.
+    """What a connector takes for LMCache's local memory. It has room for one entry of each thread.
 
     Args:
         local: LMCache's local memory.
@@ -128,6 +128,7 @@ class Engine:
 
     def close(self) -> None:
         """Wait for all operations, also for those that were given up, and close the connector."""
+        self.failed = True
         wait(list(self._under_way))
         closing = asyncio.run_coroutine_threadsafe(self.connector.close(), self._loop)
         with contextlib.suppress(Exception):
@@ -173,29 +174,27 @@ class EngineConnection:
             entry = self._engine.memory.allocate()
             if entry is None:
                 raise MemoryError("all memory for entries is in use")
-            content = remote_entry.array(entry)
-
-            def fill(start: int, part: Any, content: Any = content) -> None:
-                content[start : start + len(part)] = np.frombuffer(part, np.uint8)
-
-            remote_entry.write(key, chunk, fill)
+            remote_entry.write(key, chunk, partial(_write, remote_entry.array(entry)))
             self._do(self._engine.connector.put(key, entry))
             entry.ref_count_down()
         return self.has(keys)
 
     def _copy(self, key: Any, entry: Any, allocate: Allocate) -> Any:
         try:
-            content = remote_entry.array(entry)
-
-            def fill(start: int, part: Any) -> None:
-                part[:] = content[start : start + len(part)]
-
-            return remote_entry.read(key, allocate(None), fill)
+            return remote_entry.read(key, allocate(None), partial(_read, remote_entry.array(entry)))
         finally:
             entry.ref_count_down()
 
     def _do(self, operation: Coroutine[Any, Any, Any]) -> Any:
         return self._engine.call(operation, self.deadline)
+
+
+def _write(memory: Any, start: int, part: Any) -> None:
+    memory[start : start + len(part)] = part
+
+
+def _read(memory: Any, start: int, part: Any) -> None:
+    part[:] = memory[start : start + len(part)]
 
 
 class EngineClient(Client):

@@ -32,7 +32,7 @@ def write(key: Any, chunk: Any, put: Callable[[int, Any], None], whole: bool = F
     for part in _parts(len(content), whole):
         hashed.update(content[part])
         put(part.start, content[part])
-    put(len(content), hashed.digest())
+    put(len(content), np.frombuffer(hashed.digest(), np.uint8))
 
 
 def read(key: Any, chunk: Any, get: Callable[[int, Any], None], whole: bool = False) -> Any:
