@@ -81,4 +81,4 @@ def _connect(url: str, memory: int) -> tuple[Any, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,7 @@ from waiting import until
 from kvshare.core import ports
 from kvshare.core.errors import UserError
 from kvshare.services import background, health
-from kvshare.services.backends import BACKENDS
+from kvshare.services.backends import BACKENDS, ENGINES
 from kvshare.services.processes import marked
 
 
@@ -53,6 +53,32 @@ def test_up_status_down(backend, folder):
     assert command("down", "--backend", backend, "--folder", folder).returncode == 0
     assert not psutil.pid_exists(started["pid"])
     assert command("status", "--backend", backend, "--folder", folder).returncode == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_of_remote(engine, folder):
+    """They take the place of kvshare server, which ends, and the other way round."""
+    before = up("remote", folder)
+    done = command("up", "--backend", "remote", "--engine", engine, "--folder", folder, "--json")
+    if done.returncode == 2:
+        pytest.skip(done.stderr)  # what this machine lacks
+    assert done.returncode == 0, done.stderr
+    started = json.loads(done.stdout)
+    assert not psutil.pid_exists(before["pid"])
+    assert started["service"] == ENGINES[engine].service
+    assert ENGINES[engine].check(started["exports"])
+    assert ports.exposed({int(started["exports"]["LMCACHE_REMOTE_URL"].rpartition(":")[2])}) == []
+    assert up("remote", folder)["exports"]["LMCACHE_REMOTE_URL"].startswith("lm://")
+    assert not psutil.pid_exists(started["pid"])
+
+
+@pytest.mark.parametrize("arguments", [("p2p", "--engine", "valkey"), ("remote", "--engine", "etcd")])
+def test_an_engine_that_a_backend_does_not_have(arguments, folder):
+    done = command("up", "--folder", folder, "--backend", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"kvshare: --engine {arguments[-1]}: must be one of valkey, mooncake, with --backend remote"
+    ]
 
 
 def test_what_hangs_is_started_again(folder):

@@ -39,7 +39,7 @@ class LoadMetrics(KVConnectorPromMetrics):
         super().__init__(config, metric_types, labelnames, labelvalues)
         what = "Prompt tokens that LMCache has loaded. Failed loads do not count."
         counter = self._counter_cls(name="kvshare:loaded_tokens", documentation=what, labelnames=labelnames)
-        self._transport = self._gauge_cls(
+        self._transport: Any = self._gauge_cls(
             name="kvshare:p2p_transport_info",
             documentation="What UCX moves KV through.",
             labelnames=[*labelnames, "transport"],
