@@ -16,7 +16,7 @@ from kvshare.core.secrets import is_secret
 from kvshare.record.event_log import RUN_DIR
 
 PASSED_ON = re.compile(
-    "(LMCACHE|LMCache|VERL|UCX|NCCL)_.+|VLLM_(?!HOST_IP).+|KVSHARE_(RUN_DIR|FRESHNESS|MAX_VERSIONS)|PYTHONHASHSEED"
+    "(LMCACHE|LMCache|MOONCAKE|VERL|UCX|NCCL)_.+|VLLM_(?!HOST_IP).+|KVSHARE_(RUN_DIR|FRESHNESS|MAX_VERSIONS)|PYTHONHASHSEED"
 )
 """The caller's variables to pass on. Workers of a Ray cluster that is already up do not inherit them.
 

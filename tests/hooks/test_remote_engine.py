@@ -79,6 +79,22 @@ def test_stopped_and_resumed(server, open_cache):
     assert cache.used() == 0
 
 
+@pytest.mark.parametrize("fault", Valkey.faults)
+@pytest.mark.parametrize("server", [Valkey], indirect=True)
+def test_fault_between_client_and_server(server, open_cache, fault):
+    """Nothing wrong is read, and what is right is read again when the fault is over."""
+    direct, numbers = server.url(server._port), range(200, 208)
+    writer, reader = open_cache(direct), open_cache(server.address, timeout=3 * TIMEOUT)
+    until(lambda: writer.put(numbers))
+    until(lambda: all(reader.get(numbers)))
+    server.does = fault
+    arrived = reader.get(numbers)
+    server.does = "serve"
+    assert arrived == [fault == "slow"] * len(numbers)
+    until(lambda: all(reader.get(numbers)))
+    assert reader.used() == 0
+
+
 def test_memory_has_a_bound(server, open_cache):
     """Three times what fits; the newest are there, the oldest are not."""
     cache, count = open_cache(server.address), 3 * server.bound // CHUNK_BYTES

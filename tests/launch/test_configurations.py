@@ -275,9 +275,9 @@ WARNINGS = [
     (env(QQQQQQQQ="1"), "LMCache does not read LMCACHE_QQQQQQQQ: correct or unset it"),
     (
         env(REMOTE_URL="fs://localhost:1/tmp/kv"),
-        "fs://localhost:1/tmp/kv is not known to work with kvshare: only lm:// is",
+        "fs://localhost:1/tmp/kv is not known to work with kvshare: only lm, valkey, redis",
     ),
-    (env(REMOTE_STORAGE_PLUGINS="fs"), "plugin://fs is not known to work with kvshare: only lm:// is"),
+    (env(REMOTE_STORAGE_PLUGINS="fs"), "plugin://fs is not known to work with kvshare: only lm, valkey, redis"),
     (
         verl("trainer.v1.trainer_mode=colocate_async", device="cpu"),
         "colocate_async trainer is not known to work with kvshare: only sync",

@@ -25,6 +25,7 @@ from lmcache.utils import CacheEngineKey
 from kvshare.core.engines import settings
 from kvshare.core.lm_protocol import CHECKSUM
 from kvshare.core.secrets import redacted
+from kvshare.hooks import check
 from kvshare.hooks.lmcache import remote_client, remote_entry
 from kvshare.hooks.lmcache.remote_client import Allocate, Client, Connection
 from kvshare.hooks.lmcache.remote_link import left
@@ -36,6 +37,9 @@ NOBODY = CacheEngineKey("kvshare", 1, 0, 0, torch.float16)
 
 @optional("Valkey, Redis and Mooncake are used as LMCache does: without a deadline and a checksum")
 def patch_connector_manager(module: Any) -> None:
+    from lmcache.v1 import metadata
+
+    check.source(metadata, "LMCacheMetadata.get_shapes", {"2b7a54bf43f4": "0.5.6"})  # Memory gives it an entry's shape
     wrap(module, "ConnectorManager.create_connector", _create_connector, "self")
 
 

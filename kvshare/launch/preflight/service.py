@@ -33,8 +33,9 @@ def untried(job: Job) -> Iterator[str]:
     """Say which storage is not known to work."""
     if job.shares and job.backend == "remote":
         for url in remote.urls(job):
-            if url.partition("://")[0] not in ("lm", *PACKAGES):
-                yield f"{url} is not known to work with kvshare: only lm:// and {', '.join(PACKAGES)} are"
+            known = ("lm",) if job.device == "npu" else ("lm", *PACKAGES)
+            if url.partition("://")[0] not in known:
+                yield f"{url} is not known to work with kvshare: only {', '.join(known)} are"
         if job.lmcache.enable_p2p:
             yield "enable_p2p: true beside a remote server is not known to work: use one of the two"
     if job.shares and job.backend == "p2p" and job.lmcache.remote_url:
