@@ -23,7 +23,6 @@ data=${DATA_DIR:-$here/data/gsm8k}
 kv_transfer_config='{"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector"}' # module: not the copy that vLLM has
 
 python3 -c "import kvshare" 2>/dev/null || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
-# The server maps the engine's KV by CUDA IPC and cannot follow memory that sleeps and wakes elsewhere.
 # Blocks of 128 tokens load 2 to 5 times as fast as blocks of 16: docs/benchmarks.md.
 exec python3 -m kvshare launch --backend mp --device cuda -- \
   python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k \
@@ -33,6 +32,5 @@ exec python3 -m kvshare launch --backend mp --device cuda -- \
   "data.train_files=$data/train.parquet" "data.val_files=$data/test.parquet" \
   "actor_rollout_ref.rollout.router_config_path=${ROUTER:-$here/config/router.yaml}" \
   "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config='$kv_transfer_config'" \
-  ++actor_rollout_ref.rollout.enable_sleep_mode=False actor_rollout_ref.rollout.free_cache_engine=False \
   +actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=128 \
   "$@"

@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import psutil
+
 FOLDER = Path("/dev/shm")
-NAMES = re.compile(r"(psm_|sem\.mp-|verl_weights_).+")
-"""Names given by Python's multiprocessing, which vLLM uses, and by verl. They are private to the processes of a run."""
+NAMES = re.compile(r"(psm_|sem\.mp-|verl_weights_|lmcache_l1_pool_).+")
+"""Names given by Python's multiprocessing, which vLLM uses, by verl, and by LMCache's multi-process server."""
 
 LOOK_SECONDS = 1
 
@@ -35,8 +37,11 @@ class SharedMemory:
         self._thread.start()
 
     def free(self) -> None:
-        """Free our segments. Call it when our processes have ended."""
-        for name in self.ours:
+        """Free our segments, except those that others use too. Call it when our processes have ended.
+
+        LMCache's server may be another's. Our engines map its segment, which is new if it was started again.
+        """
+        for name in self.ours.difference(*map(_mapped, psutil.pids())):
             with contextlib.suppress(OSError):
                 (FOLDER / name).unlink()
 

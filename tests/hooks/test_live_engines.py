@@ -98,6 +98,23 @@ def test_another_configuration_finds_nothing(engines, start_engine, prompt):
     other.kill()
 
 
+def test_what_was_stored_before_sleep_is_found_after_it_by_its_policy_alone(engines, prompt):
+    engine, other = engines
+    cold = engine.ask(prompt, "run-1")
+    engine.sleep()
+    same(cold, other.ask(prompt, "run-1"))  # a replica that sleeps disturbs no other
+    engine.wake()
+    start = len(engine.events)
+    same(cold, engine.ask(prompt, "run-1"))
+    assert engine.hits(start) == WHOLE
+    engine.sleep()
+    engine.wake()
+    start = len(engine.events)
+    same(cold, engine.ask(prompt, "run-2"))
+    same(cold, engine.ask(prompt))  # without a policy: vLLM resets the connector when it sleeps
+    assert engine.hits(start) == 0
+
+
 def test_unstamped_requests_never_cross_a_reset(engines, prompt):
     first = engines[0]
     cold = first.ask(prompt)

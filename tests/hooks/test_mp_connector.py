@@ -107,8 +107,9 @@ def test_settings_come_from_lmcaches_file_unless_given(engine, monkeypatch):
         "lmcache.mp.server_urls": "tcp://there:1",
         "lmcache.mp.mq_timeout": 3.0,
         "lmcache.mp.heartbeat_interval": 3.0,
+        "lmcache.mp.mp_transfer_mode": "engine_driven",
     }
-    given = {"lmcache.mp.port": 7, "lmcache.mp.mq_timeout": 9}
+    given = {"lmcache.mp.port": 7, "lmcache.mp.mq_timeout": 9, "lmcache.mp.mp_transfer_mode": "auto"}
     assert configured(given) == {**given, "lmcache.mp.heartbeat_interval": 3.0}
 
 
@@ -157,6 +158,7 @@ def test_vllm_asks_what_has_arrived(engine):
     adapter._dropped_retrieves, adapter._health_event = set(), threading.Event()
     adapter.finished_stores, adapter.previously_finished, adapter._returned_finished = set(), set(), set()
     adapter._health_event.set()
+    adapter.kvshare_replaced = []
     adapter.kvshare_transfers = [mp_transfers.Transfer(Future(True), seen.append)]
     connector = object.__new__(LMCacheMPConnector)
     connector.worker_adapter, connector.lazy_offload, connector._can_store = adapter, False, True
@@ -168,6 +170,7 @@ def test_vllm_asks_what_has_arrived(engine):
 def test_closed_connection_is_a_dead_server():
     health = threading.Event()
     health.set()
-    queue = SimpleNamespace(kvshare_health=health)
+    queue = SimpleNamespace(kvshare_health=health, kvshare_closed=0)
     mp_transfers._disconnected(lambda: None, queue, (), {})
     assert not health.is_set()
+    assert queue.kvshare_closed == 1

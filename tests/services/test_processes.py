@@ -146,3 +146,15 @@ def test_shared_memory_of_killed_processes_is_freed_and_no_neighbours(tmp_path, 
     assert not Path("/dev/shm", name).exists()
     assert Path("/dev/shm", neighbour.name).exists()
     neighbour.unlink()
+
+
+def test_shared_memory_of_a_server_that_others_have_started_stays(tmp_path):
+    log = tmp_path / "log"
+    with Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
+        servers = shared_memory.SharedMemory("lmcache_l1_pool_" + tmp_path.name, create=True, size=4096)
+        opens = SEGMENT.replace("create=True, size=4096", f"name={servers.name!r}")
+        until(lambda: log.exists() and log.read_text(), processes.start([sys.executable, "-c", opens], log))
+        until(lambda: servers.name in processes._shared_memory.ours)
+    assert Path("/dev/shm", servers.name).exists()
+    servers.close()
+    servers.unlink()

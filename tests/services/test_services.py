@@ -3,10 +3,12 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -155,6 +157,23 @@ def test_mp_server_is_started_with_what_the_config_says(tmp_path, monkeypatch):
     started = BACKENDS["mp"].command("127.0.0.1", {"server": 1, "http": 2}, tmp_path)
     assert started[started.index("--chunk-size") + 1] == "512"
     assert started[started.index("--l1-size-gb") + 1] == "0.5"
+
+
+def test_mp_server_takes_no_more_than_dev_shm_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))  # docker run's default
+    with pytest.raises(UserError, match=r"below the 0\.1 that are free in this machine's memory and /dev/shm"):
+        BACKENDS["mp"].command("127.0.0.1", {"server": 1, "http": 2}, tmp_path)
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+@pytest.mark.parametrize(("mode", "fits"), [(None, True), ("engine_driven", True), ("auto", False)])
+def test_mp_by_cuda_ipc_needs_sleep_mode_off(asleep, mode, fits):
+    extra = {"lmcache.mp.server_urls": "tcp://a:1"} | ({"lmcache.mp.mp_transfer_mode": mode} if mode else {})
+    job = SimpleNamespace(device="cuda", engine=SimpleNamespace(enable_sleep_mode=asleep), extra_config=extra)
+    wrong = [
+        line for line in BACKENDS["mp"].settings(job, None) if "cannot map KV that vLLM's sleep mode frees" in line
+    ]
+    assert len(wrong) == (asleep and not fits)
 
 
 @pytest.mark.parametrize("size", ["100000", "much", "0"])

@@ -163,6 +163,14 @@ class Engine:
     def reset(self, connector: bool = True) -> bool:
         return self._post(f"/reset_prefix_cache?reset_external={str(connector).lower()}", {})["success"]
 
+    def sleep(self) -> None:
+        """As verl does it, between two rollouts."""
+        self._post("/sleep?level=1", {})
+        self._rpc("destroy_kv")
+
+    def wake(self) -> None:
+        self._post("/wake_up", {})
+
     def load(self, weights: Path) -> None:
         """Replace the weights of the live engine."""
         self._rpc("reload_weights", weights_path=str(weights))

@@ -8,6 +8,9 @@ The keys of ``LMCacheMPConnector`` contain vLLM's ``cache_salt``. Several jobs m
   evicts that KV first.
 * Scheduler and worker process: address and timeouts come from LMCache's config file, as for the in-process connectors.
   Values in ``kv_connector_extra_config`` override them.
+* Worker process: the engine copies KV itself, to and from the server's shared memory. On GPUs LMCache's default is that
+  the server maps the engine's KV by CUDA IPC. That is not faster (docs/benchmarks.md), takes 0.7 GiB of the GPU, and
+  excludes vLLM's sleep mode, whose memory has no CUDA IPC handle.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from kvshare.hooks.lmcache.keys import config_of, engine
 from kvshare.hooks.patch import UpstreamChanged, replace, wrap
 
 EXTRA = "lmcache.mp."
+MODE = f"{EXTRA}mp_transfer_mode"
 ADDRESS = (f"{EXTRA}server_urls", f"{EXTRA}host", f"{EXTRA}port")
 
 
@@ -53,7 +57,8 @@ def from_file() -> dict[str, Any]:
     """The ``kv_connector_extra_config`` for the settings in LMCache's config file and ``LMCACHE_*``."""
     config = lmcache_settings.effective(os.environ.get("LMCACHE_CONFIG_FILE"))
     seconds = float(config.blocking_timeout_secs)
-    extra = {f"{EXTRA}mq_timeout": seconds, f"{EXTRA}heartbeat_interval": seconds}
+    extra: dict[str, Any] = {f"{EXTRA}mq_timeout": seconds, f"{EXTRA}heartbeat_interval": seconds}
+    extra[MODE] = os.environ.get("LMCACHE_MP_TRANSFER_MODE", "engine_driven")
     return extra | ({f"{EXTRA}server_urls": config.remote_url} if config.remote_url else {})
 
 

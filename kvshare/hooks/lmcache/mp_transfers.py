@@ -67,14 +67,15 @@ def _watch_scheduler(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> N
 
 def _watch(client: Any, health: Any) -> None:
     if queue := getattr(client, "_message_queue_client", None):  # not with gRPC
-        queue.kvshare_health = health
+        queue.kvshare_health, queue.kvshare_closed = health, 0
 
 
 def _disconnected(wrapped: Any, queue: Any, args: tuple, kwargs: dict) -> None:
-    health = getattr(queue, "kvshare_health", None)
-    if health is not None and health.is_set():
-        logger.error("the connection to LMCache's server has closed: KV is recomputed until the server is back")
-        health.clear()
+    if (health := getattr(queue, "kvshare_health", None)) is not None:
+        queue.kvshare_closed += 1
+        if health.is_set():
+            logger.error("the connection to LMCache's server has closed: KV is recomputed until the server is back")
+            health.clear()
     wrapped(*args, **kwargs)
 
 

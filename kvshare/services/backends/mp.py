@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvshare.services import health
 from kvshare.services.backends.interface import Backend, Exports, Ports
 
 EXTRA = "lmcache.mp."
+MODE, MODE_VARIABLE, ENGINE_DRIVEN = f"{EXTRA}mp_transfer_mode", "LMCACHE_MP_TRANSFER_MODE", "engine_driven"
 
 
 def addresses(job: Job) -> list[str]:
@@ -46,6 +48,16 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
         if not url.startswith("tcp://"):
             yield f"{path}: remote_url is {url}, the mp backend needs tcp://HOST:PORT of lmcache server"
     yield from _extra(job)
+    if job.device == "cuda" and job.engine.enable_sleep_mode and (mode := transfer_mode(job)) != ENGINE_DRIVEN:
+        yield (
+            f"{MODE} {mode}: the server cannot map KV that vLLM's sleep mode frees: set it to {ENGINE_DRIVEN}, or "
+            "enable_sleep_mode and free_cache_engine to False"
+        )
+
+
+def transfer_mode(job: Job) -> str:
+    """Who copies KV: the engine (``engine_driven``, kvshare's default), or LMCache's server."""
+    return str(job.extra_config.get(MODE) or os.environ.get(MODE_VARIABLE) or ENGINE_DRIVEN)
 
 
 def _extra(job: Job) -> Iterator[str]:
@@ -96,8 +108,10 @@ def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
     chunk_size = os.environ.get("LMCACHE_CHUNK_SIZE", settings.get("chunk_size", 256))
     memory = os.environ.get("LMCACHE_MAX_LOCAL_CPU_SIZE", settings.get("max_local_cpu_size", 5))
     _check_memory(memory)
-    command = [sys.executable, "-m", "lmcache.cli.main", "server", "--host", listen, "--port", str(ports["server"])]
-    command += ["--chunk-size", str(chunk_size), "--l1-size-gb", str(memory)]
+    # Engines copy to and from its shared memory themselves. With a GPU the server would take 0.7 GiB of it.
+    command = ["env", "CUDA_VISIBLE_DEVICES=", sys.executable, "-m", "kvshare.services.mp_server"]
+    command += ["--host", listen, "--port", str(ports["server"]), "--chunk-size", str(chunk_size)]
+    command += ["--l1-size-gb", str(memory), "--shm-name", f"kvshare-{ports['server']}", "--no-l1-use-lazy"]
     command += ["--eviction-policy", "LRU"]  # nothing looks up KV of old policies, so it is evicted first
     # The default mode is for GPUs only. With it an engine on CPU waits forever to be registered.
     command += ["--supported-transfer-mode", "auto"]
@@ -105,16 +119,16 @@ def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
 
 
 def _check_memory(gib: Any) -> None:
-    """Check the size in GiB. Without a GPU the server allocates all of it at start."""
-    free = psutil.virtual_memory().available / 2**30
+    """Check the size in GiB. Without room in /dev/shm LMCache would send KV by TCP."""
+    free = min(psutil.virtual_memory().available, shutil.disk_usage("/dev/shm").free) / 2**30
     try:
         size = float(gib)
     except (TypeError, ValueError):
         size = 0.0
     if not 0 < size < free:
         raise UserError(
-            f"max_local_cpu_size {gib} must be a number of GiB below the {free:.1f} that are free on this machine: "
-            "set it in the LMCache config, or LMCACHE_MAX_LOCAL_CPU_SIZE"
+            f"max_local_cpu_size {gib} must be a number of GiB below the {free:.1f} that are free in this machine's "
+            "memory and /dev/shm (docker run --shm-size): set it in the LMCache config, or LMCACHE_MAX_LOCAL_CPU_SIZE"
         )
 
 
