@@ -34,5 +34,5 @@ def test_what_is_replaced(hooks):
 @pytest.mark.skipif(not SERVES_MP, reason="the mp backend needs LMCache 0.5.6")
 def test_mp_has_all_its_hooks(hooks):
     assert {patch.module.__name__.rsplit(".", 1)[1] for patch in hooks} >= {
-        *("lmcache_mp_connector", "lmcache_mp_metadata", "vllm_multi_process_adapter", "mq"),
+        *("lmcache_mp_connector", "lmcache_mp_metadata", "vllm_multi_process_adapter", "mq", "shm", "worker_transfer"),
     }

@@ -103,6 +103,17 @@ def test_each_reads_what_each_other_computed(replicas, weights):
         assert hits(reader, text, stamp, weights) == WHOLE
 
 
+def test_a_replica_that_sleeps_serves_others_and_finds_what_it_has_when_it_wakes(replicas, weights):
+    one, two, _ = replicas
+    stamp, text = policy.private_policy(), prompt()
+    hits(one, text, stamp, weights)
+    one.sleep()
+    assert hits(two, text, stamp, weights) == WHOLE
+    one.wake()
+    assert hits(one, text, stamp, weights) == WHOLE
+    assert hits(one, text, policy.private_policy(), weights) == 0
+
+
 def test_another_policy_finds_nothing(replicas, weights):
     one, two, three = replicas
     text = prompt()

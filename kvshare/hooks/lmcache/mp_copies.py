@@ -78,6 +78,11 @@ def _replace(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     finally:
         if before is not None:
             adapter.kvshare_replaced.append(before)
+    if type(getattr(adapter.transfer_ctx, "_engine_driven_context", None)).__name__ == "EngineDrivenContextPickle":
+        logger.error(
+            "LMCache's server shares no memory with this process, so KV goes by TCP, which is slow: start it with "
+            "kvshare services, or with --shm-name and --no-l1-use-lazy, and give both the same /dev/shm"
+        )
 
 
 def _end_given_up(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> Any:

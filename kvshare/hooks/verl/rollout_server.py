@@ -110,9 +110,8 @@ class KVShareServer(vLLMHttpServer):
         watch.report_engine(f"vLLM's engine of replica {self.replica_rank}", ended)
 
     def _stall(self) -> float:
-        """1 if the engine does nothing else while its connector loads, 0 if it loads in the background."""
-        transfer = self.engine.vllm_config.kv_transfer_config
-        return 0.0 if transfer is None or transfer.kv_connector == "LMCacheMPConnector" else 1.0
+        """1 if the engine has a connector: it does nothing else while that loads. 0 if it has none."""
+        return float(self.engine.vllm_config.kv_transfer_config is not None)
 
     # -- the policy ---------------------------------------------------------------------------
 

@@ -48,16 +48,12 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
         if not url.startswith("tcp://"):
             yield f"{path}: remote_url is {url}, the mp backend needs tcp://HOST:PORT of lmcache server"
     yield from _extra(job)
-    if job.device == "cuda" and job.engine.enable_sleep_mode and (mode := transfer_mode(job)) != ENGINE_DRIVEN:
+    mode = job.extra_config.get(MODE) or os.environ.get(MODE_VARIABLE) or ENGINE_DRIVEN
+    if mode != ENGINE_DRIVEN and job.device == "cuda" and job.engine.enable_sleep_mode:
         yield (
             f"{MODE} {mode}: the server cannot map KV that vLLM's sleep mode frees: set it to {ENGINE_DRIVEN}, or "
             "enable_sleep_mode and free_cache_engine to False"
         )
-
-
-def transfer_mode(job: Job) -> str:
-    """Who copies KV: the engine (``engine_driven``, kvshare's default), or LMCache's server."""
-    return str(job.extra_config.get(MODE) or os.environ.get(MODE_VARIABLE) or ENGINE_DRIVEN)
 
 
 def _extra(job: Job) -> Iterator[str]:
@@ -109,7 +105,7 @@ def _command(listen: str, ports: Ports, folder: Path) -> list[str]:
     memory = os.environ.get("LMCACHE_MAX_LOCAL_CPU_SIZE", settings.get("max_local_cpu_size", 5))
     _check_memory(memory)
     # Engines copy to and from its shared memory themselves. With a GPU the server would take 0.7 GiB of it.
-    command = ["env", "CUDA_VISIBLE_DEVICES=", sys.executable, "-m", "kvshare.services.mp_server"]
+    command = ["env", "CUDA_VISIBLE_DEVICES=", sys.executable, "-m", "kvshare.mp_server"]
     command += ["--host", listen, "--port", str(ports["server"]), "--chunk-size", str(chunk_size)]
     command += ["--l1-size-gb", str(memory), "--shm-name", f"kvshare-{ports['server']}", "--no-l1-use-lazy"]
     command += ["--eviction-policy", "LRU"]  # nothing looks up KV of old policies, so it is evicted first

@@ -33,7 +33,6 @@ class Engines:
     by_kind: dict[str, list[str]]  # URLs: "shared", "plain" (without connector), "offload" (vLLM's own offloading)
     events: Sequence[worker_events.Receiver] | None  # of those that share; None if they send no events
     chunk_size: int  # tokens per chunk
-    stall: float = 1.0  # 0 if they load in the background (Rates.stall)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -114,7 +113,7 @@ def started(
         for kind, child, url, log in running:
             health.wait_healthy(f"the {kind} engine", child, partial(_check, url), log, ENGINE_SECONDS)
         by_kind = {kind: [url for other, _, url, _ in running if other == kind] for kind in kinds}
-        yield Engines(by_kind, receivers, settings["chunk_size"], 0.0 if config["backend"] == "mp" else 1.0)
+        yield Engines(by_kind, receivers, settings["chunk_size"])
 
 
 ENGINE_SECONDS = 600  # time to load a model, compile it and capture graphs

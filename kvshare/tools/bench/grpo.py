@@ -30,13 +30,10 @@ class Replica(SteadyServer):
         endpoint: the vLLM server.
         chunk_size: tokens.
         receiver: events of its engine, if it sends any.
-        stall: 0 if it loads in the background, as with ``mp``; else 1.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, chunk_size: int, receiver: worker_events.Receiver | None, stall: float = 1.0
-    ) -> None:
-        super().__init__(stall)
+    def __init__(self, endpoint: Endpoint, chunk_size: int, receiver: worker_events.Receiver | None) -> None:
+        super().__init__(stall=1.0)
         self.endpoint = endpoint
         self._chunk_size, self._receiver = chunk_size, receiver
         self._computed: set[str] = set()  # digests
@@ -127,7 +124,7 @@ async def patterns(found: list[Endpoint], engines: Engines, asked: Asked) -> lis
     """Rows of one routing and prompt length each; ``computed`` over ``tokens`` is the prefill amplification."""
     rows: dict[tuple[str, int], Any] = {}
     receivers = engines.events or (None, None)
-    replicas = [Replica(e, engines.chunk_size, r, engines.stall) for e, r in zip(found, receivers, strict=True)]
+    replicas = [Replica(e, engines.chunk_size, r) for e, r in zip(found, receivers, strict=True)]
     lengths = list(dict.fromkeys(tokens for tokens, _ in asked.shapes))
     async with following(replicas):
         for tokens in lengths * (1 + asked.repeat):  # the first round warms up

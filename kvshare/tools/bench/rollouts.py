@@ -64,7 +64,7 @@ async def measure(
         at = {endpoint.url: endpoint for endpoint in found}
         events = dict(zip(engines.by_kind.get("shared", ()), engines.events or (), strict=False))
         replicas = {
-            kind: [Replica(at[url], engines.chunk_size, events.get(url), engines.stall) for url in urls]
+            kind: [Replica(at[url], engines.chunk_size, events.get(url)) for url in urls]
             for kind, urls in engines.by_kind.items()
         }
         async with following(replicas.get("shared", [])):

@@ -1,4 +1,4 @@
-"""Runs ``lmcache server`` with kvshare's hook: ``python -m kvshare.services.mp_server`` and its arguments."""
+"""Runs ``lmcache server`` with kvshare's hook: ``python -m kvshare.mp_server`` and its arguments."""
 
 from __future__ import annotations
 
