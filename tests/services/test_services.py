@@ -165,15 +165,29 @@ def test_mp_server_takes_no_more_than_dev_shm_has(tmp_path, monkeypatch):
         BACKENDS["mp"].command("127.0.0.1", {"server": 1, "http": 2}, tmp_path)
 
 
-@pytest.mark.parametrize("asleep", [True, False])
-@pytest.mark.parametrize(("mode", "fits"), [(None, True), ("engine_driven", True), ("auto", False)])
-def test_mp_by_cuda_ipc_needs_sleep_mode_off(asleep, mode, fits):
-    extra = {"lmcache.mp.server_urls": "tcp://a:1"} | ({"lmcache.mp.mp_transfer_mode": mode} if mode else {})
-    job = SimpleNamespace(device="cuda", engine=SimpleNamespace(enable_sleep_mode=asleep), extra_config=extra)
-    wrong = [
-        line for line in BACKENDS["mp"].settings(job, None) if "cannot map KV that vLLM's sleep mode frees" in line
-    ]
-    assert len(wrong) == (asleep and not fits)
+SLEEP, KINDS = "cannot map KV that vLLM's sleep mode frees", "layers of several kinds (full, sliding)"
+
+
+@pytest.mark.parametrize(
+    ("mode", "asleep", "kinds", "wrong"),
+    [
+        (None, True, ["full", "full"], []),
+        ("engine_driven", True, ["full", "full"], []),
+        ("auto", True, ["full", "full"], [SLEEP]),
+        ("auto", False, ["full", "sliding"], []),
+        (None, True, ["full", "sliding"], [KINDS]),
+    ],
+)
+def test_who_copies_kv_with_mp(mode, asleep, kinds, wrong):
+    text = SimpleNamespace(layer_types=kinds)
+    job = SimpleNamespace(
+        device="cuda",
+        model=SimpleNamespace(hf_config=SimpleNamespace(get_text_config=lambda: text)),
+        engine=SimpleNamespace(enable_sleep_mode=asleep, disable_hybrid_kv_cache_manager=None),
+        extra_config={"lmcache.mp.server_urls": "tcp://a:1"} | ({"lmcache.mp.mp_transfer_mode": mode} if mode else {}),
+    )
+    found = list(BACKENDS["mp"].settings(job, None))
+    assert [expected in line for expected, line in zip(wrong, found, strict=True)] == [True] * len(wrong)
 
 
 @pytest.mark.parametrize("size", ["100000", "much", "0"])

@@ -48,7 +48,18 @@ def _settings(job: Job, path: str | None) -> Iterator[str]:
         if not url.startswith("tcp://"):
             yield f"{path}: remote_url is {url}, the mp backend needs tcp://HOST:PORT of lmcache server"
     yield from _extra(job)
+    yield from _transfer(job)
+
+
+def _transfer(job: Job) -> Iterator[str]:
+    """Check who copies KV: the engine, or LMCache's server (LMCache 0.5.6)."""
     mode = job.extra_config.get(MODE) or os.environ.get(MODE_VARIABLE) or ENGINE_DRIVEN
+    kinds = set(getattr(job.model.hf_config.get_text_config(), "layer_types", None) or ())
+    if mode == ENGINE_DRIVEN and len(kinds) > 1 and not job.engine.disable_hybrid_kv_cache_manager:
+        yield (
+            f"the model has layers of several kinds ({', '.join(sorted(kinds))}), the engine copies KV of one: add "
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.disable_hybrid_kv_cache_manager=true"
+        )
     if mode != ENGINE_DRIVEN and job.device == "cuda" and job.engine.enable_sleep_mode:
         yield (
             f"{MODE} {mode}: the server cannot map KV that vLLM's sleep mode frees: set it to {ENGINE_DRIVEN}, or "
