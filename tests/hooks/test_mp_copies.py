@@ -217,3 +217,13 @@ def test_a_hung_server_fails_a_store_in_the_forward_pass(start, server):
         assert worker.store("hung").result(timeout=0) is False
     finally:
         server.resume()
+
+
+def test_it_says_that_it_shares_no_memory_with_the_server(start, monkeypatch, caplog):
+    def fails(*args):
+        raise FileNotFoundError("another /dev/shm")
+
+    monkeypatch.setattr(shm.EngineDrivenContextShm, "__init__", fails)
+    worker = start()
+    assert "so KV goes by TCP, which is slow" in caplog.text
+    assert worker.store("by TCP").result(timeout=STUCK)

@@ -72,13 +72,12 @@ def _remember(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
 
 def _replace(wrapped: Any, adapter: Any, args: tuple, kwargs: dict) -> None:
     """LMCache calls this in the heartbeat's thread. A load may be under way, so the next get_finished() closes."""
-    before = adapter.transfer_ctx
-    try:
-        wrapped(*args, **kwargs)
-    finally:
-        if before is not None:
-            adapter.kvshare_replaced.append(before)
-    if type(getattr(adapter.transfer_ctx, "_engine_driven_context", None)).__name__ == "EngineDrivenContextPickle":
+    from lmcache.v1.multiprocess.transfer_context import EngineDrivenContextPickle
+
+    if adapter.transfer_ctx is not None:
+        adapter.kvshare_replaced.append(adapter.transfer_ctx)
+    wrapped(*args, **kwargs)
+    if isinstance(getattr(adapter.transfer_ctx, "_engine_driven_context", None), EngineDrivenContextPickle):
         logger.error(
             "LMCache's server shares no memory with this process, so KV goes by TCP, which is slow: start it with "
             "kvshare services, or with --shm-name and --no-l1-use-lazy, and give both the same /dev/shm"
