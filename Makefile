@@ -77,7 +77,7 @@ wheel: .venv/dev
 p2p: .venv/dev
 	$(BIN)/pytest -s -m "slow or not slow" tests/hooks/test_live_peers.py tests/long/p2p.py
 
-# The CPU tables of docs/benchmarks.md, 10 minutes.
+# The CPU tables of docs/benchmarks/cpu.md, 10 minutes.
 bench: .venv/dev
 	$(BIN)/kvshare prepare --offline --tiny-model --limit 4 --data outputs/bench/data
 	for backend in remote p2p mp; do $(BIN)/kvshare bench config/bench/$${backend}_cpu.yaml -n 4 --repeat 3 || exit; done

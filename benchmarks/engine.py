@@ -1,7 +1,7 @@
 """A model of rollout servers in virtual time, for benchmarks/routing.py: vLLM's scheduler, its prefix cache, and `mp`.
 
-The model is Qwen2.5-7B's shape on an H100. Its constants were measured there (docs/benchmarks.md), or are fitted to
-the makespans of batches on two of them. tests/routing/test_simulation.py compares it with all that was measured.
+The model is Qwen2.5-7B's shape on an H100. Its constants were measured there (docs/benchmarks/h100.md), or are fitted
+to the makespans of batches on two of them. tests/routing/test_simulation.py compares it with all that was measured.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import routing
 
 TOKENS_A_GIB = 2**30 // 57_344  # of KV
 
-# Makespans in seconds, two seeds: an engine on each of two H100s, 7B shape (issue 22; docs/benchmarks.md).
+# Makespans in seconds, two seeds: an engine on each of two H100s, 7B shape (docs/routing.md).
 BATCHES = {  # prompts, samples, tokens, pool in GiB
     (16, 8, 1024, 11): {"verl": (6.95, 6.90), "affinity": (6.66, 6.74), "hold all": (6.82, 6.85)},
     (8, 8, 4096, 11): {"verl": (7.16, 5.54), "affinity": (7.27, 5.21), "hold all": (7.07, 5.30)},

@@ -9,8 +9,8 @@ The keys of ``LMCacheMPConnector`` contain vLLM's ``cache_salt``. Several jobs m
 * Scheduler and worker process: address and timeouts come from LMCache's config file, as for the in-process connectors.
   Values in ``kv_connector_extra_config`` override them.
 * Worker process: the engine copies KV itself, to and from the server's shared memory. On GPUs LMCache's default is that
-  the server maps the engine's KV by CUDA IPC. That loads a prompt no faster (docs/benchmarks.md), takes 0.7 GiB of the
-  GPU, and excludes vLLM's sleep mode, whose memory has no CUDA IPC handle.
+  the server maps the engine's KV by CUDA IPC. That loads a prompt no faster (docs/benchmarks/h100.md), takes 0.7 GiB
+  of the GPU, and excludes vLLM's sleep mode, whose memory has no CUDA IPC handle.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 LMCache 0.5.6 looks up the whole prompt of every request. With ``enable_async_loading`` (P2P), it also loads the tokens
 that vLLM's prefix cache has. If several samples of a prompt arrive together, each of them loads or stores the prompt.
-On an H100 each spent 300 ms on 16,384 tokens that the first had loaded (docs/benchmarks.md). With this wrap, only the
-first sample uses LMCache, and the others use vLLM's prefix cache. A prompt that continues an earlier answer is a new
-prompt: vLLM has the KV of the answer, and LMCache has not.
+On an H100 each spent 300 ms on 16,384 tokens that the first had loaded (docs/benchmarks/h100.md). With this wrap, only
+the first sample uses LMCache, and the others use vLLM's prefix cache. A prompt that continues an earlier answer is a
+new prompt: vLLM has the KV of the answer, and LMCache has not.
 """
 
 from __future__ import annotations
