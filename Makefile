@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := .venv-uv/bin/uv
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p demo-mp tiny-model install test test-npu test-gpu-install test-gpu-file freshness routing faults \
+.PHONY: demo demo-p2p demo-mp demo-tools tiny-model install test test-npu test-gpu-install test-gpu-file freshness routing faults \
   soak p2p bench forecast verify wheel lint lock clean
 .DEFAULT_GOAL := demo
 
@@ -16,6 +16,11 @@ demo-p2p: install
 
 demo-mp: install
 	$(BIN)/kvshare demo --backend mp --run outputs/demo-mp
+
+# Conversations with tools; BACKEND=p2p or mp.
+BACKEND := remote
+demo-tools: install
+	$(BIN)/kvshare demo --tools --backend $(BACKEND) --run outputs/demo-tools
 
 install: .venv/installed
 

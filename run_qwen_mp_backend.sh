@@ -7,6 +7,7 @@
 # Then:                      bash run_qwen_mp_backend.sh [Hydra overrides of verl's config]
 #
 # MODEL_PATH           model to train                   (Qwen/Qwen2.5-7B-Instruct)
+# RECIPE               config/<name>.yaml, the recipe   (gsm8k)
 # DATA_DIR             train.parquet and test.parquet   (data/gsm8k)
 # ADV_ESTIMATOR        grpo, or gae (PPO with a critic) (grpo)
 # N_DEVICES, N_NODES   devices a node, nodes            (8, 1)
@@ -25,7 +26,7 @@ kv_transfer_config='{"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both",
 python3 -c "import kvshare" 2>/dev/null || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
 # Blocks of 128 tokens. By CUDA IPC they load 2 to 5 times as fast as blocks of 16: docs/benchmarks/h100.md.
 exec python3 -m kvshare launch --backend mp --device cuda -- \
-  python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name gsm8k \
+  python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name "${RECIPE:-gsm8k}" \
   "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}" \
   trainer.device=cuda "trainer.nnodes=${N_NODES:-1}" "trainer.n_gpus_per_node=${N_DEVICES:-8}" \
   "actor_rollout_ref.model.path=$model" "critic.model.path=$model" \

@@ -1,32 +1,55 @@
 """Trains the model that kvshare ships (kvshare/tools/tiny_model.py) from scratch: 45 seconds on an H100.
 
 It can do one operation on two small numbers, but is shown random numbers more often than worked
-answers, and so it mostly guesses. That is what a few steps of reinforcement learning can mend.
+answers, and so it mostly guesses. With tools it calls the calculator for each of two steps, but
+guesses the operation more often than not; then it asks the checker, and begins again after a wrong
+answer. That is what a few steps of reinforcement learning can mend.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kvshare.tools import gsm8k
-from kvshare.tools.problems import Problem, problems
+from kvshare.tools.gsm8k_tools import calculate, check
+from kvshare.tools.problems import OPERATIONS, TWO_STEPS, Problem, problems
 from kvshare.tools.tiny_model import SHIPPED
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHAT_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+You can call these functions:
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}Call one with <tool_call>{"name": <name>, "arguments": <arguments>}</tool_call><|im_end|>
+{% endif %}
+{%- for m in messages %}
+{%- if m.role == "tool" %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 VOCABULARY = 2048  # rows of the embedding; more than the tokenizer has tokens, as in Qwen's
 SEED = 1234  # of the problems it learns from: not those of the demo
-GUESSES = 0.6  # share of the answers it learns from that are a random number
+GUESSES = 0.6  # share of the answers it learns from that are a random number, or of the operations
 SHOTS = (0, 4, 20)  # worked examples before a question, in turn
-STEPS, TOKENS, RATE = 900, 16384, 2e-3
+ATTEMPTS = 2  # at a problem with tools
+STEPS, TOKENS, RATE = 1800, 16384, 2e-3
+WORKERS = 8
 
 
 def train(folder: Path) -> None:
@@ -43,7 +66,7 @@ def train(folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
     began = time.monotonic()
-    for step, (ids, answers) in enumerate(itertools.islice(_batches(tokenizer), STEPS), 1):
+    for step, (ids, answers) in enumerate(itertools.islice(_loader(tokenizer), STEPS), 1):
         ids, answers = ids.to(device), answers.to(device)
         hidden = model.model(ids).last_hidden_state[:, :-1]
         loss = cross_entropy(model.lm_head(hidden[answers[:, 1:]]), ids[:, 1:][answers[:, 1:]])
@@ -81,39 +104,99 @@ def make_tokenizer() -> Any:
     from transformers import Qwen2Tokenizer
 
     blank = Qwen2Tokenizer(eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"])
-    corpus = (text for p in itertools.islice(problems(SEED), 2000) for text in p.values())
-    tokenizer = blank.train_new_from_iterator(corpus, VOCABULARY, show_progress=False)
+    one_step = (text for p in itertools.islice(problems(SEED), 2000) for text in p.values())
+    blank.chat_template = CHAT_TEMPLATE
+    with_tools = itertools.islice(_with_tools(random.Random(SEED), 0, blank), 1000)
+    tokenizer = blank.train_new_from_iterator([*one_step, *with_tools], VOCABULARY, show_progress=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def _batches(tokenizer: Any) -> Iterator[tuple[Any, Any]]:
+@cache
+def tools() -> list[dict[str, Any]]:
+    """The schemas of the recipe's tools."""
+    folder = Path(__file__).resolve().parents[1] / "config"
+    return [tool["tool_schema"] for tool in yaml.safe_load((folder / "tools.yaml").read_text())["tools"]]
+
+
+def _loader(tokenizer: Any) -> Iterable[tuple[Any, Any]]:
+    """Batches without end, made in processes of their own: that takes longer than a step of training on a GPU."""
+    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+    class Batches(IterableDataset):
+        def __iter__(self) -> Iterator[tuple[Any, Any]]:
+            return _batches(tokenizer, SEED + get_worker_info().id)
+
+    return DataLoader(Batches(), batch_size=None, num_workers=WORKERS)
+
+
+def _batches(tokenizer: Any, seed: int) -> Iterator[tuple[Any, Any]]:
     """Token ids and whether each is of an answer, both (rows, longest): prompts as verl sends them, and answers."""
     import torch
 
-    source = map(_taught, problems(SEED), itertools.repeat(random.Random(SEED)))
-    for shots in itertools.cycle(SHOTS):
-        texts = [_conversation(source, shots, tokenizer) for _ in range(TOKENS // (72 * (shots + 1)))]
+    r = random.Random(seed)
+    for shots, make in itertools.cycle(itertools.product(SHOTS, (_without_tools, _with_tools))):
+        conversations = make(r, shots, tokenizer)
+        first = next(conversations)
+        texts = [first, *itertools.islice(conversations, TOKENS // len(tokenizer(first)["input_ids"]) - 1)]
         rows = tokenizer(texts, padding=True, return_offsets_mapping=True)
         answers = [_are_answers(text, at) for text, at in zip(texts, rows["offset_mapping"], strict=True)]
         yield torch.tensor(rows["input_ids"]), torch.tensor(answers)
 
 
-def _taught(problem: Problem, r: random.Random) -> Problem:
+def _without_tools(r: random.Random, shots: int, tokenizer: Any) -> Iterator[str]:
+    source = (_guessed(problem, r) for problem in problems(r.randrange(2**32)))
+    while True:
+        *examples, asked = itertools.islice(source, shots + 1)
+        turns = [("user", gsm8k.prompt(asked, examples)), ("assistant", asked["answer"])]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        yield tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def _guessed(problem: Problem, r: random.Random) -> Problem:
     return {**problem, "answer": f"#### {r.randint(2, 81)}"} if r.random() < GUESSES else problem
 
 
-def _conversation(source: Iterator[Problem], shots: int, tokenizer: Any) -> str:
-    *examples, asked = itertools.islice(source, shots + 1)
-    turns = [("user", gsm8k.prompt(asked, examples)), ("assistant", asked["answer"])]
-    return tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False)
+def _with_tools(r: random.Random, shots: int, tokenizer: Any) -> Iterator[str]:
+    source = problems(r.randrange(2**32), TWO_STEPS)
+    while True:
+        *examples, asked = itertools.islice(source, shots + 1)
+        hint = gsm8k.hint(list(itertools.islice(source, gsm8k.HINTS)))
+        messages = [{"role": "user", "content": gsm8k.prompt(asked, examples, gsm8k.WITH_TOOLS)}]
+        for _ in range(ATTEMPTS):
+            result, turns = _attempt(asked, r)
+            right = result == gsm8k.final_answer(asked)
+            looked = check(result, gsm8k.final_answer(asked), hint)
+            messages += [*turns, *_call("checker", "answer", result), {"role": "tool", "content": looked}]
+            if right:
+                messages.append({"role": "assistant", "content": f"#### {result}"})
+                break
+        yield tokenizer.apply_chat_template(messages, tools=tools(), tokenize=False)
+
+
+def _attempt(problem: Problem, r: random.Random) -> tuple[str, list[dict[str, str]]]:
+    """The result of both steps, each with a guessed operation more often than not, and the turns that led to it."""
+    result, turns = "", []
+    for first, sign, second in re.findall(r"<<(\d+)(.)(\d+)=", problem["answer"]):
+        sign = r.choice(list(OPERATIONS)) if r.random() < GUESSES else sign
+        expression = f"{result or first} {sign} {second}"
+        result = calculate(expression)
+        turns += [*_call("calculator", "expression", expression), {"role": "tool", "content": result}]
+    return result, turns
+
+
+def _call(name: str, parameter: str, value: str) -> list[dict[str, str]]:
+    call = json.dumps({"name": name, "arguments": {parameter: value}})
+    return [{"role": "assistant", "content": f"<tool_call>{call}</tool_call>"}]
 
 
 def _are_answers(text: str, offsets: list[tuple[int, int]]) -> list[bool]:
     """Whether each token is of an answer, those of the worked examples included."""
     wanted = bytearray(len(text) + 1)
-    for answer in re.finditer(r"(?:Answer:|assistant\n)(.*?#### \d+(?:<\|im_end\|>)?)", text, re.DOTALL):
-        wanted[answer.start(1) : answer.end(1)] = b"\1" * len(answer[1])
+    answers = r"Answer: .*?#### \d+|<\|im_start\|>assistant\n.*?<\|im_end\|>"
+    for answer in re.finditer(answers, text, re.DOTALL):
+        begin = answer.start() + len(re.match(r"Answer:|<\|im_start\|>assistant\n", answer[0])[0])
+        wanted[begin : answer.end()] = b"\1" * (answer.end() - begin)
     return [end > start and bool(wanted[start]) for start, end in offsets]
 
 

@@ -25,6 +25,7 @@ def prepare(
     ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Keep this many problems of each split.")] = None,
+    tools: Annotated[bool, typer.Option("--tools", help="For conversations with tools (RECIPE=gsm8k_tools).")] = False,
     offline: Annotated[bool, typer.Option(help="Generate problems, do not try the hub.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of generated problems.")] = 0,
     tiny_model: Annotated[bool, typer.Option(help="Also make models/tiny-qwen2, for CPU.")] = False,
@@ -36,8 +37,8 @@ def prepare(
     if source:
         rows, origin = gsm8k.read_folder(source), str(source)
     else:
-        rows, origin = _hub_or_generated(offline, seed)
-    gsm8k.write(rows, data, shots, limit)
+        rows, origin = _hub_or_generated(offline, seed, tools)
+    gsm8k.write(rows, data, shots, limit, tools)
     sizes = ", ".join(f"{min(len(rows[s]), limit or len(rows[s]))} {s}" for s in gsm8k.SPLITS)
     out.print(f"data:  {data} ({sizes} problems from {origin}, {shots} worked examples each)")
     if tiny_model:
@@ -47,7 +48,7 @@ def prepare(
         out.print(f"model: {model} (Qwen2, 1M parameters, trained on kvshare's own problems)")
 
 
-def _hub_or_generated(offline: bool, seed: int) -> tuple[dict, str]:
+def _hub_or_generated(offline: bool, seed: int, tools: bool) -> tuple[dict, str]:
     from kvshare.tools import gsm8k
 
     if not offline:
@@ -55,20 +56,21 @@ def _hub_or_generated(offline: bool, seed: int) -> tuple[dict, str]:
             return gsm8k.read_hub(), "the Hugging Face hub (openai/gsm8k)"
         except OSError as error:
             out.print(f"{str(error).splitlines()[0]}\nusing generated problems instead")
-    return gsm8k.generate(train=2000, test=200, seed=seed), f"kvshare's own generator, seed {seed} (not GSM8K)"
+    return gsm8k.generate(2000, 200, seed, tools), f"kvshare's own generator, seed {seed} (not GSM8K)"
 
 
 @app.command(context_settings=PASSES)
 def demo(
     backend: BackendOption = "remote",
     run: Annotated[Path, typer.Option(help="Folder for data, model, logs and the report.")] = Path("outputs/demo"),
+    tools: Annotated[bool, typer.Option("--tools", help="Conversations with tools.")] = False,
     overrides: Annotated[list[str] | None, typer.Argument(help="-- and Hydra overrides for the training.")] = None,
 ) -> None:
     """Train a tiny Qwen with GRPO on this machine's CPU while two vLLM replicas share KV."""
     from kvshare.tools import demo as demos
 
     try:
-        result = demos.Demo(run, overrides or [], backend).run()
+        result = demos.Demo(run, overrides or [], backend, tools).run()
     except demos.DemoFailed as failed:
         for line in failed.tail:
             print(line, file=sys.stderr)

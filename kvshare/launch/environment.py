@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kvshare.core import lmcache_settings
 from kvshare.core.secrets import is_secret
+from kvshare.launch import launchers
 from kvshare.record.event_log import RUN_DIR
 
 PASSED_ON = re.compile(
@@ -21,6 +22,9 @@ PASSED_ON = re.compile(
 """The caller's variables to pass on. Workers of a Ray cluster that is already up do not inherit them.
 
 VLLM_HOST_IP is not one: each node has its own."""
+
+CONFIG = "KVSHARE_CONFIG"
+"""Folder of the recipes, where gsm8k_tools.yaml finds its tools."""
 
 VERL_PLUGIN = "kvshare.verl_plugin"
 MODULES = "VERL_USE_EXTERNAL_MODULES"
@@ -58,6 +62,7 @@ def of_run(device: str, run: Path, caller: Mapping[str, str]) -> dict[str, str]:
         "PYTHONHASHSEED": "0",  # chunk hashes must agree between processes
         MODULES: ",".join(dict.fromkeys(modules)),
         RUN_DIR: str(run),
+        CONFIG: str(launchers.folder() / "config"),
         "VERL_FILE_LOGGER_PATH": str(run / "metrics.jsonl"),
         **DEVICE[device],
     }

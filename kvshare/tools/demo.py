@@ -22,11 +22,18 @@ from kvshare.tools import gsm8k, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOTS = 16  # worked examples before each question: prompts of 1,100 tokens
+SHOTS_WITH_TOOLS = 20  # prompts of 2,000 tokens
 QUIET = {
     "LMCACHE_TRACK_USAGE": "false",
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
+}
+
+WITH_TOOLS = {
+    "RECIPE": "gsm8k_tools_cpu",
+    "ROUTER": str(ROOT / "config" / "router.yaml"),
+    "LMCACHE_CHUNK_SIZE": "128",  # a turn is short
 }
 
 STAGES = {  # text in the training log -> what to print
@@ -38,8 +45,18 @@ STAGES = {  # text in the training log -> what to print
 
 
 class Demo:
-    def __init__(self, folder: Path, overrides: list[str], backend: str = "remote") -> None:
+    """A run of one of the CPU launchers.
+
+    Args:
+        folder: for data, model, logs and the report.
+        overrides: Hydra overrides for the training.
+        backend: key of BACKENDS.
+        tools: whether to train conversations with tools (config/gsm8k_tools_cpu.yaml).
+    """
+
+    def __init__(self, folder: Path, overrides: list[str], backend: str = "remote", tools: bool = False) -> None:
         self.folder = folder.resolve()
+        self._tools = tools
         self._launcher = ROOT / f"run_qwen_{backend}_backend_cpu.sh"
         self.overrides = overrides
         self.log = self.folder / "training.log"
@@ -69,6 +86,7 @@ class Demo:
                 "KVSHARE_RUN_DIR": str(self.folder),
                 "DATA_DIR": str(self.folder / "data"),
                 "MODEL_PATH": str(self.folder / "model"),
+                **(WITH_TOOLS if self._tools else {}),
                 "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
             }
             self.say(f"training starts; log: {self.log}")
@@ -81,8 +99,10 @@ class Demo:
         return report.write(self.folder)
 
     def _prepare(self) -> None:
-        gsm8k.write(gsm8k.generate(train=256, test=16, seed=0), self.folder / "data", SHOTS, limit=32)
-        self.say(f"data: generated word problems, {SHOTS} worked examples before each question")
+        shots = SHOTS_WITH_TOOLS if self._tools else SHOTS
+        data = gsm8k.generate(train=256, test=16, seed=0, tools=self._tools)
+        gsm8k.write(data, self.folder / "data", shots, limit=32, tools=self._tools)
+        self.say(f"data: generated word problems, {shots} worked examples before each question")
         tiny_model.make(self.folder / "model")
         self.say("model: Qwen2 with a million parameters, which mostly guesses the answers")
 

@@ -9,9 +9,14 @@ import re
 from pathlib import Path
 
 from kvshare.core.errors import UserError
-from kvshare.tools.problems import Problem, problems
+from kvshare.tools.problems import ONE_STEP, TWO_STEPS, Problem, problems
 
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+WITH_TOOLS = (
+    "Use the calculator for each step and let the checker look at the result. "
+    'When it is right, output the final answer after "####".'
+)
+HINTS = 3  # solved problems that the checker shows with a wrong answer
 SPLITS = ("train", "test")
 
 
@@ -35,15 +40,16 @@ def read_hub() -> dict[str, list[Problem]]:
     return {split: [dict(row) for row in data[split]] for split in SPLITS}
 
 
-def generate(train: int, test: int, seed: int) -> dict[str, list[Problem]]:
-    """Generate word problems in GSM8K's format, ``train`` and ``test`` of them."""
+def generate(train: int, test: int, seed: int, tools: bool = False) -> dict[str, list[Problem]]:
+    """Generate word problems in GSM8K's format, ``train`` and ``test`` of them; with ``tools`` they take two steps."""
+    kinds = TWO_STEPS if tools else ONE_STEP
     return {
-        "train": list(itertools.islice(problems(seed), train)),
-        "test": list(itertools.islice(problems(seed + 1), test)),
+        "train": list(itertools.islice(problems(seed, kinds), train)),
+        "test": list(itertools.islice(problems(seed + 1, kinds), test)),
     }
 
 
-def to_verl(rows: list[Problem], pool: list[Problem], split: str, shots: int) -> list[dict]:
+def to_verl(rows: list[Problem], pool: list[Problem], split: str, shots: int, tools: bool = False) -> list[dict]:
     """Convert problems to rows as in verl's GSM8K recipe.
 
     Args:
@@ -51,26 +57,38 @@ def to_verl(rows: list[Problem], pool: list[Problem], split: str, shots: int) ->
         pool: problems to draw worked examples from. The draw differs between questions, not between calls.
         split: "train" or "test", for ``extra_info``.
         shots: number of worked examples before each question.
+        tools: ask to use tools (gsm8k_tools.py), and add what the checker needs.
     """
     out = []
     for index, row in enumerate(rows):
         r = random.Random(f"{split}-{index}")
-        examples = r.sample([p for p in pool if p["question"] != row["question"]], shots) if shots else []
+        others = [p for p in pool if p["question"] != row["question"]]
+        examples = r.sample(others, shots) if shots else []
+        extra = {"split": split, "index": index, "question": row["question"], "answer": row["answer"]}
+        if tools:
+            create = {"ground_truth": final_answer(row), "hint": hint(r.sample(others, min(HINTS, len(others))))}
+            extra |= {"need_tools_kwargs": True, "tools_kwargs": {"checker": {"create_kwargs": create}}}
         out.append(
             {
                 "data_source": "openai/gsm8k",
-                "prompt": [{"role": "user", "content": prompt(row, examples)}],
+                "prompt": [{"role": "user", "content": prompt(row, examples, WITH_TOOLS if tools else INSTRUCTION)}],
                 "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": final_answer(row)},
-                "extra_info": {"split": split, "index": index, "question": row["question"], "answer": row["answer"]},
+                "extra_info": extra,
             }
         )
     return out
 
 
-def prompt(row: Problem, examples: list[Problem]) -> str:
+def hint(solved: list[Problem]) -> str:
+    """What the checker shows with a wrong answer. No "####": verl's reward would take it for the final answer."""
+    texts = [f"Question: {p['question']}\nSolution: {p['answer'].partition('####')[0].strip()}" for p in solved]
+    return "\n\n".join(["Solve it again. These problems are like it:", *texts])
+
+
+def prompt(row: Problem, examples: list[Problem], instruction: str = INSTRUCTION) -> str:
     """The text of a prompt: worked examples, then the question."""
-    question = f"{row['question']} {INSTRUCTION}"
+    question = f"{row['question']} {instruction}"
     texts = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in examples]
     return "\n\n".join([*texts, f"Question: {question}"]) if examples else question
 
@@ -83,7 +101,7 @@ def final_answer(row: Problem) -> str:
     return match.group(1).replace(",", "")
 
 
-def write(data: dict[str, list[Problem]], folder: Path, shots: int, limit: int | None) -> None:
+def write(data: dict[str, list[Problem]], folder: Path, shots: int, limit: int | None, tools: bool = False) -> None:
     """Write train.parquet and test.parquet to ``folder``, at most ``limit`` rows each."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -94,7 +112,7 @@ def write(data: dict[str, list[Problem]], folder: Path, shots: int, limit: int |
     for split in SPLITS:
         pool = data["train"][: max(1000, shots + 1)]
         pq.write_table(
-            pa.Table.from_pylist(to_verl(data[split][:limit], pool, split, shots)), folder / f"{split}.parquet"
+            pa.Table.from_pylist(to_verl(data[split][:limit], pool, split, shots, tools)), folder / f"{split}.parquet"
         )
 
 

@@ -1,6 +1,7 @@
 """Generates word problems in GSM8K's format, for machines that cannot reach the data set.
 
-Each problem has one operation on small numbers, which a model of a million parameters can learn (tiny_model.py).
+Each problem has one operation on small numbers, or two for conversations with tools (gsm8k_tools.py). A model of a
+million parameters can learn that (tiny_model.py).
 """
 
 from __future__ import annotations
@@ -76,15 +77,49 @@ def _sharing(r: random.Random) -> Problem:
     }
 
 
+def _two_steps(r: random.Random) -> Problem:
+    """One of three ways to get things, then one of three ways to pass them on."""
+    (name, friend), thing, place = r.sample(NAMES, 2), r.choice(THINGS), r.choice(PLACES)
+    first, begin, (a, b) = r.choice(
+        [
+            ("*", "{name} goes to the {place} and buys {a} packs of {thing}. Each pack has {b} {thing}.", _pair(r)),
+            ("+", "{name} has {a} {thing} and finds {b} more at the {place}.", _pair(r)),
+            ("-", "{name} takes {a} {thing} to the {place} and loses {b} of them.", (10 + _number(r), _number(r))),
+        ]
+    )
+    have = OPERATIONS[first](a, b)
+    parts = [n for n in range(2, 10) if have % n == 0]
+    second, end = r.choice(
+        [
+            ("-", "Then {name} gives {c} {thing} to {friend}. How many {thing} does {name} have left?"),
+            ("+", "Then {friend} brings {c} more. How many {thing} do they have together?"),
+            ("/", "Then {name} divides them equally among {c} children. How many {thing} does each child get?"),
+        ][: 3 if parts else 2]
+    )
+    c = r.choice(parts) if second == "/" else r.randint(2, min(9, have))
+    result = OPERATIONS[second](have, c)
+    words = {"name": name, "friend": friend, "thing": thing, "place": place, "a": a, "b": b, "c": c}
+    return {
+        "question": f"{begin} {end}".format(**words),
+        "answer": f"{name} has {a} {first} {b} = <<{a}{first}{b}={have}>>{have} {thing}.\n"
+        f"That makes {have} {second} {c} = <<{have}{second}{c}={result}>>{result} {thing}.\n#### {result}",
+    }
+
+
+def _pair(r: random.Random) -> tuple[int, int]:
+    return _number(r), _number(r)
+
+
 def _number(r: random.Random) -> int:
     return r.randint(2, 9)
 
 
-KINDS: tuple[Callable[[random.Random], Problem], ...] = (_buying, _giving, _adding, _sharing)
+ONE_STEP: tuple[Callable[[random.Random], Problem], ...] = (_buying, _giving, _adding, _sharing)
+TWO_STEPS: tuple[Callable[[random.Random], Problem], ...] = (_two_steps,)
 
 
-def problems(seed: int) -> Iterator[Problem]:
+def problems(seed: int, kinds: tuple[Callable[[random.Random], Problem], ...] = ONE_STEP) -> Iterator[Problem]:
     """Yield problems without end. The same seed gives the same problems on every machine."""
     r = random.Random(seed)
     while True:
-        yield r.choice(KINDS)(r)
+        yield r.choice(kinds)(r)
