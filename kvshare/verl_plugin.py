@@ -13,7 +13,7 @@ for module, hook in (
     ("verl.plugin.platform.platform_manager", "cpu_platform:register_platform"),
     ("verl.utils.distributed", "cpu_platform:patch_process_group"),
     ("verl.utils.model", "critic_attention:patch_critic"),
-    ("verl.workers.rollout.llm_server", "trajectory:patch_client"),
+    ("verl.workers.rollout.llm_server", "conversation_ids:patch_client"),
     ("verl.utils.tracking", "step_metrics:patch_tracking"),
     ("verl.trainer.constants_ppo", "watch:watch_driver"),
 ):

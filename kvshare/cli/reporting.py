@@ -30,7 +30,7 @@ def print_report(report: dict, run: Path) -> None:
 
     from kvshare.record.summary import facts, verdict
 
-    columns = ("prompt", "computed", "local_hit", "shared_hit", "stale_hit")
+    columns = ("prompt", "computed", "local_hit", "restored_hit", "shared_hit", "stale_hit")
     table = Table(title=f"KV sharing: {report.get('backend')} on {report.get('device')}, {report['steps']} steps")
     table.add_column("tokens")
     for name in columns:

@@ -26,6 +26,11 @@ KEPT = "lmcache.kept"
 """Request config of a request that loads KV of an earlier policy, which its conversation has used before: the
 ``cache_salt`` of that time. What the request computes is not stored. See hooks/verl/trajectory.py."""
 
+STORE = "lmcache.store_generated"
+"""Request config: whether to store the KV of what a request has generated when it ends, ALWAYS or IF_ABORTED."""
+
+ALWAYS, IF_ABORTED = "always", "if aborted"
+
 PRIVATE = "private-"
 
 MAX_MODEL_NAME = 64

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median, quantiles
 from typing import Any
 
+from kvshare.launch.working_set import WorkingSet
 from kvshare.routing.digests import chunk_digests
 
 Step = Sequence[list[int]]
@@ -71,8 +72,8 @@ class Forecast:
     """What a step shares and stores: means over some steps. Prompt tokens count once per sample.
 
     ``shareable_tokens_a_step`` are loaded from another replica. ``local_tokens_a_step`` are local hits. The others are
-    computed. Of a conversation with several turns only the first prompt counts: later turns stay on their replica, so
-    their earlier tokens are local hits.
+    computed. Of a conversation with several turns only the first prompt counts. What later turns repeat is a matter of
+    the ``working_set``.
     """
 
     prompts: int  # prompts that the forecast is based on
@@ -85,6 +86,7 @@ class Forecast:
     local_tokens_a_step: int
     stored_bytes_a_step: int
     elsewhere: dict[int, float]  # other chunk size -> fraction of prompt tokens that are shareable
+    working_set: WorkingSet | None = None  # of a job whose conversations have several turns
 
     @property
     def share(self) -> float:
@@ -148,12 +150,14 @@ class Forecast:
             "  computed": f"{computed:,} ({computed / total:.1%})",
             "stored a step": f"{self.stored_bytes_a_step / 2**30:.2f} GiB ({self.recipe.token_bytes:,} bytes a token)",
             **({"with another chunk_size": elsewhere} if elsewhere else {}),
+            **(self.working_set.facts() if self.working_set else {}),
         }
 
     def record(self) -> dict[str, Any]:
         """The part that goes into ``run.json``."""
         names = ("shareable_tokens_a_step", "local_tokens_a_step", "stored_bytes_a_step")
-        return {**{name: getattr(self, name) for name in names}, "at_most": self.at_most, "verdict": self.verdict}
+        found = {**{name: getattr(self, name) for name in names}, "at_most": self.at_most, "verdict": self.verdict}
+        return found | (self.working_set.record() if self.working_set else {})
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "verdict": self.verdict}

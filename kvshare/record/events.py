@@ -67,11 +67,15 @@ class StalePrefix(OfReplica):
     tokens: int
 
 
+ABORT = "abort"
+
+
 class Request(OfReplica):
     """Tokens of the ``prompt``, those that vLLM did not schedule (``cached``), and the engine's ``prefill`` rate.
 
     The rate is that up to the first token, in tokens per second; None if it is not known. ``generated`` counts tokens,
-    and ``versions`` those of the weights that their KV may come from.
+    and ``versions`` those of the weights that their KV may come from. ``request`` is the caller's id
+    (core/conversation.py), ``finish`` why it ended: "stop", "length", ABORT.
     """
 
     policy: str
@@ -80,6 +84,8 @@ class Request(OfReplica):
     prefill: float | None = None
     generated: int = 0
     versions: int = 1
+    request: str = ""
+    finish: str | None = None
 
 
 class Lost(Event):

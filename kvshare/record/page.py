@@ -37,6 +37,7 @@ def _rows(report: dict[str, Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]]
         "replica": [(replica["rank"], replica) for replica in report["replica"]] + [("all", report["tokens"])],
         "step": [(step["step"], step) for step in steps],
         "step, replica": [(f"{step['step']}, {r['rank']}", r) for step in steps for r in step["replica"]],
+        "turn": [(turn["turn"], turn) for turn in report["conversations"]["turn"]],
         "policy": [(policy["policy"], policy) for policy in report["policy"]],
         "forecast": [(what, {"forecast": f, "measured": measured}) for what, (f, measured) in compared.items()],
     }

@@ -16,6 +16,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kvshare.record.token_sources import SOURCES
+
 WIDTH, HEIGHT = 540, 240  # of the SVG, pixels
 LABELS = 12  # at most, along an axis
 STYLE: Any = {
@@ -28,8 +30,7 @@ STYLE: Any = {
     "svg.hashsalt": "kvshare",  # the same page for the same numbers
 }
 COLORS = {  # placeholders: the page replaces them by its own, light or dark
-    name: f"#0000{number:02x}"
-    for number, name in enumerate(("quiet", "rule", "line", "computed", "local_hit", "shared_hit", "unknown_hit"), 1)
+    name: f"#0000{number:02x}" for number, name in enumerate(("quiet", "rule", "line", *SOURCES), 1)
 }
 TIP = "tip "  # an id that starts so becomes a <title>
 

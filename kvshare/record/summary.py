@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kvshare.core.freshness import STRICT
+from kvshare.record.conversations import Conversations
 from kvshare.record.events import Degraded, Event, Lost, OfReplica, Ready, Request, Routing, Step, Store
 from kvshare.record.rows import Logged, PolicyRows, StepRows, over
 from kvshare.record.stored import Stored
@@ -36,11 +37,12 @@ def summarize(
     seen = Seen(Stored())
     for event in events:
         seen.add(event)
-    total, rows, policies = Counts(), StepRows(steps, seen.ends), PolicyRows()
+    total, rows, policies, conversations = Counts(), StepRows(steps, seen.ends), PolicyRows(), Conversations()
     for event, hits in with_hits(events, seen.stored):
         total.add(event, hits)
         rows.add(event, hits)
         policies.add(event, hits)
+        conversations.add(event, hits)
     replicas = max(run.get("replicas", 0), max(seen.replicas, default=-1) + 1)
     degraded = {rank for rank, event in seen.up.items() if isinstance(event, Degraded)}
     floor = steps[:1] if baseline is None else baseline
@@ -61,6 +63,7 @@ def summarize(
         "prefill_tokens_per_second": seen.prefill,
         "time_saved_seconds": count.time_saved(seen.prefill),
         "routing": seen.routing,
+        "conversations": conversations.to_dict(),
         "policy": policies.to_list(),
         "step": [row.to_dict(replicas, seen.prefill) for row in rows],
         "reward": rewards[:1] + rewards[-1:],
@@ -115,12 +118,16 @@ def against_forecast(report: dict[str, Any]) -> dict[str, tuple[float, float | N
     if not forecast or not rows:
         return {}
     server = rows[-1]["server"]
+    first = report["conversations"]["turn"][:1] or rows  # the forecast is of the first prompts of conversations
     return {
         "tokens shared between replicas": (
             forecast["shareable_tokens_a_step"],
-            sum(row["shared_hit"] for row in rows) / steps,
+            sum(row["shared_hit"] for row in first) / steps,
         ),
-        "tokens hit within one": (forecast["local_tokens_a_step"], sum(row["local_hit"] for row in rows) / steps),
+        "tokens hit within one": (
+            forecast["local_tokens_a_step"],
+            sum(row["local_hit"] + row["restored_hit"] for row in first) / steps,
+        ),
         "bytes stored": (
             forecast["stored_bytes_a_step"],
             (server["bytes"] + server["evicted_bytes"]) / steps if server else None,
@@ -159,6 +166,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         "hit rate": report["hit_rate"] is not None and f"{report['hit_rate']:.1%} of prompt tokens were not computed",
         "time saved": _saved(report),
         "router": _routing(report["routing"]),
+        **_conversations(report["conversations"], (report.get("forecast") or {}).get("evicted_between_turns")),
         "rollout/actor correlation": f"{mismatch['pearson_min']} "
         f"(lowest of all steps; noise floor, {mismatch['floor']}: {mismatch['pearson_floor']})",
         "rollout/actor probability difference": f"{mismatch['probs_diff_max']} "
@@ -180,6 +188,31 @@ def _compared(report: dict[str, Any]) -> dict[str, str]:
     return found
 
 
+def _conversations(counts: dict[str, Any], forecast: float | None) -> dict[str, str]:
+    stayed = counts["stayed"]
+    if not (stayed["requests"] or counts["moved"]["requests"]):
+        return {}
+    evicted = 1 - stayed["here"] / stayed["before"] if stayed["before"] else 0
+    expected = "" if forecast is None else f"forecast at most {forecast:.0%}, measured "
+    return {
+        "turns after the first": f"computed {counts['amplification']} times the tokens that were new",
+        "evicted between turns": f"{expected}{evicted:.0%}",
+        "turns on the same replica": _again(stayed),
+        "turns on another replica": _again(counts["moved"]),
+        "interrupted, then continued": _again(counts["interrupted"]),
+    }
+
+
+def _again(counts: dict[str, int]) -> str:
+    if not counts["requests"]:
+        return ""
+    again, before = counts["again"], counts["before"]
+    return (
+        f"{counts['requests']:,} times, {counts['with_kv']:,} with their KV: {again:,} of {before:,} earlier tokens "
+        f"({again / before:.1%}) were computed again"
+    )
+
+
 def _freshness(report: dict[str, Any]) -> str:
     mode = report.get("freshness", STRICT)
     if mode == STRICT:
@@ -194,7 +227,7 @@ def _stale(tokens: dict[str, int]) -> str:
 
 def _saved(report: dict[str, Any]) -> str | None:
     saved, rate = report["time_saved_seconds"], report["prefill_tokens_per_second"]
-    if saved is None or not any(report["tokens"][hit] for hit in ("shared_hit", "local_hit")):
+    if saved is None or not any(report["tokens"][hit] for hit in ("shared_hit", "restored_hit")):
         return None
     return (
         f"{saved:.2f} s of the engines' time: computing what was loaded, at the fastest prefill seen "

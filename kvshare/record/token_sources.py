@@ -1,8 +1,9 @@
 """Counts where prompt tokens came from, given the events of a record (see events.py). No I/O.
 
-``prompt`` = ``computed`` + ``local_hit`` + ``shared_hit`` + ``unknown_hit``:
+``prompt`` = ``computed`` + ``local_hit`` + ``restored_hit`` + ``shared_hit`` + ``unknown_hit``:
 
-* ``local_hit``: from vLLM's prefix cache, or loaded after the same replica stored them;
+* ``local_hit``: from vLLM's prefix cache;
+* ``restored_hit``: loaded after the same replica stored them, because vLLM's prefix cache had evicted them;
 * ``shared_hit``: loaded after another replica stored them;
 * ``unknown_hit``: loaded, with no store in the record.
 
@@ -26,10 +27,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvshare.record.events import Event, Load, Request, StalePrefix, Store
+from kvshare.record.events import ABORT, Event, Load, Request, StalePrefix, Store
 from kvshare.record.stored import Hits, Stored
 
-SOURCES = ("computed", "local_hit", "shared_hit", "unknown_hit")
+SOURCES = ("computed", "local_hit", "restored_hit", "shared_hit", "unknown_hit")
 REMEMBERED_LOADS = 50_000
 
 
@@ -49,8 +50,9 @@ class Count:
     seconds: float = 0.0  # of loads
 
     def request(self, request: Request) -> None:
-        self.prompt += request.prompt
-        self.cached += request.cached
+        if request.generated or request.finish != ABORT:  # nothing was computed for one that was aborted before
+            self.prompt += request.prompt
+            self.cached += request.cached
 
     def load(self, load: Load, hits: Hits) -> None:
         self.expected += load.expected
@@ -68,11 +70,12 @@ class Count:
     def tokens(self) -> dict[str, int]:
         """Prompt tokens by source, and stale ones."""
         # vLLM's cached tokens include those it expected LMCache to load, even if the load failed.
-        local = max(0, self.cached + self.local - self.expected)
+        local = max(0, self.cached - self.expected)
         return {
             "prompt": self.prompt,
-            "computed": self.prompt - local - self.shared - self.unknown,
+            "computed": max(0, self.prompt - local - self.local - self.shared - self.unknown),
             "local_hit": local,
+            "restored_hit": self.local,
             "shared_hit": self.shared,
             "unknown_hit": self.unknown,
             "stale_hit": self.stale,

@@ -1,4 +1,4 @@
-"""What the tools for GSM8K do: a calculator, and a checker that knows the right answer. verl_tools.py has them for verl."""
+"""What the tools for GSM8K do: a calculator, and a checker that knows the right answer (for verl: verl_tools.py)."""
 
 from __future__ import annotations
 

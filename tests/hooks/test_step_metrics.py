@@ -54,9 +54,9 @@ def test_a_step_has_what_came_since_the_last(log, tmp_path, capsys):
     assert second["kvshare/stale_hit_tokens"] == 0
     assert "kvshare/time_saved_s" not in second  # not known yet
     said = capsys.readouterr().out
-    assert "kvshare step 1: 300 prompt tokens: 300 computed, 0 local hit, 0 shared hit, 0 stale" in said
+    assert "kvshare step 1: 300 prompt tokens: 300 computed, 0 local hit, 0 restored, 0 shared hit, 0 stale" in said
     assert "NOT SEEN: replica 1 " in said
-    assert "kvshare step 2: 400 prompt tokens: 144 computed, 0 local hit, 256 shared hit, 0 stale; time saved" in said
+    assert "144 computed, 0 local hit, 0 restored, 256 shared hit, 0 stale; time saved" in said
 
 
 def test_stale_tokens_are_loud(log, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Freshness mode trajectory: what a conversation keeps across weight updates. verl's, vLLM's and LMCache's classes."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +11,10 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from kvshare import vllm_plugin
-from kvshare.core import freshness, policy
+from kvshare.core import conversation, freshness, policy
 from kvshare.core.errors import UserError
 from kvshare.hooks.lmcache import keys, mp_connector
-from kvshare.hooks.verl import trajectory
+from kvshare.hooks.verl import conversation_ids, trajectory
 from kvshare.hooks.verl.replica_policy import ReplicaPolicy
 
 RUN = "0123456789abcdef"
@@ -41,16 +40,16 @@ STEPS = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2)), max_size=3
 @given(STEPS, st.integers(1, 4))
 def test_kept_kv_is_the_conversations_own_and_not_too_old(turns, versions):
     trajectories, step, began = trajectory.Trajectories(RUN, versions), 0, {}
-    for conversation, updates in turns:
+    for talk, updates in turns:
         step += updates
-        stamp = trajectories.stamp(f"{conversation}@{step}", step)
+        stamp = trajectories.stamp(f"{talk}@{step}", step)
         if stamp.kept_by:
-            assert stamp.kept_by == conversation
-            assert stamp.policy == policy.policy_id(RUN, began[conversation])
-            assert 1 < stamp.versions == step - began[conversation] + 1 <= versions
+            assert stamp.kept_by == talk
+            assert stamp.policy == policy.policy_id(RUN, began[talk])
+            assert 1 < stamp.versions == step - began[talk] + 1 <= versions
         else:
             assert stamp == (policy.policy_id(RUN, step), "", 1)
-            began[conversation] = step
+            began[talk] = step
 
 
 def test_without_a_conversation_all_is_strict():
@@ -101,14 +100,12 @@ def test_the_same_with_the_multi_process_server(turns):
     assert (before.max_offload_tokens, after.max_offload_tokens, other.max_offload_tokens) == (None, 0, None)
 
 
-@pytest.mark.parametrize(("mode", "same"), [("strict", False), ("trajectory", True)])
-def test_verls_client_names_the_conversation(monkeypatch, mode, same):
-    monkeypatch.setitem(os.environ, freshness.MODE, mode)
+def test_verls_client_names_the_conversation():
     module = SimpleNamespace(__name__=llm_server.__name__, LLMServerClient=type("C", (llm_server.LLMServerClient,), {}))
-    trajectory.patch_client(module)
+    conversation_ids.patch_client(module)
     client = module.LLMServerClient(SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace())))
     ids = [client._vllm_request_id("talk") for _ in range(2)]
     assert ids[0] != ids[1]
-    assert all(made.startswith("talk@") == same for made in ids)
+    assert {conversation.of(made) for made in ids} == {"talk"}
     client.config.actor_rollout_ref.rollout.full_determinism = True
     assert client._vllm_request_id("det-0") == "det-0"

@@ -55,7 +55,8 @@ def test_shared_local_and_computed():
     assert tokens(*lines) == {
         "prompt": 2400,
         "computed": 864,
-        "local_hit": 1024,
+        "local_hit": 512,
+        "restored_hit": 512,
         "shared_hit": 512,
         "unknown_hit": 0,
         "stale_hit": 0,
@@ -164,7 +165,7 @@ def test_baseline_says_that_it_is_one():
 def test_every_policy_has_its_row():
     lines = [store(0, "run-1", 1), load(1, "run-1", 1), request(1, "run-1", 512, 256), request(0, "private-a", 300)]
     rows = [line for line in page.markdown(summarize(lines, [], RUN)).splitlines() if "| run-1 |" in line]
-    assert rows == ["| run-1 | 512 | 256 | 0 | 256 | 0 | 1.000 |"]
+    assert rows == ["| run-1 | 512 | 256 | 0 | 0 | 256 | 0 | 1.000 |"]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,11 @@ class Engine:
     def wake(self) -> None:
         self._post("/wake_up", {})
 
+    def abort_all(self) -> None:
+        """As verl's rollout server does it, and its resume."""
+        self._post("/pause?mode=abort&clear_cache=true", {})
+        self._post("/resume", {})
+
     def load(self, weights: Path) -> None:
         """Replace the weights of the live engine."""
         self._rpc("reload_weights", weights_path=str(weights))

@@ -23,6 +23,7 @@ class ReplicaPolicy:
 
     def __init__(self, run: str, versions: int = 1) -> None:
         self._run, self._trajectories = run, Trajectories(run, versions)
+        self.store = policy.IF_ABORTED  # policy.ALWAYS if conversations have several turns
         self._name: str | None = policy.private_policy()  # until the first update, only this replica has it
         self._steps: int | None = None  # of the policy; None if only this replica has it, or if it is unknown
         self._calls = 0
@@ -70,7 +71,7 @@ class ReplicaPolicy:
         salt = f"{given.policy}.{request.cache_salt}" if request.cache_salt else given.policy
         request.cache_salt = f"{salt}~{given.kept_by}" if given.kept_by else salt
         if (sampling := request.sampling_params) is not None:
-            configs = {policy.TAG: given.policy, worker_events.REQUEST: caller}
+            configs = {policy.TAG: given.policy, policy.STORE: self.store, worker_events.REQUEST: caller}
             configs |= {policy.KEPT: salt} if given.kept_by else {}
             extra = dict(sampling.extra_args or {})
             params = {**(extra.get("kv_transfer_params") or {}), **configs}

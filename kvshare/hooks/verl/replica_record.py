@@ -12,6 +12,7 @@ from kvshare.hooks.verl.loads import Loads
 from kvshare.hooks.verl.trajectory import Stamp
 from kvshare.record import worker_events
 from kvshare.record.event_log import RUN_DIR, EventLog
+from kvshare.record.events import ABORT
 from kvshare.routing.cost_model import Rates
 from kvshare.routing.prefixes import StoredPrefixes
 
@@ -120,6 +121,8 @@ class ReplicaRecord:
                 cached=output.num_cached_tokens or 0,
                 prefill=prefill,
                 generated=generated(output),
+                request=request_id,
+                finish=output.outputs[0].finish_reason if output.outputs else ABORT,
             )
 
 

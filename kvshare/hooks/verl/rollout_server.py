@@ -40,11 +40,15 @@ check.parameters(vllm_async_server, "vLLMHttpServer.run_headless", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.collective_rpc", "method")
 check.parameters(vllm_async_server, "vLLMHttpServer.clear_kv_cache", "self")
 check.parameters(vllm_async_server, "vLLMHttpServer.set_global_steps", "global_steps")
+check.parameters(vllm_async_server, "vLLMHttpServer.abort_all_requests", "reset_prefix_cache", "reject_request")
 check.parameters(vllm_async_server, "vLLMHttpServer._get_worker_extension_cls", "self")
 check.parameters(vllm_async_server, "vLLMReplica.__init__", "replica_rank")
 check.parameters(vllm_async_server, "vLLMReplica.launch_servers", "self")
 check.parameters(async_llm, "AsyncLLM.generate", "prompt", "sampling_params", "request_id")
 check.parameters(core_client, "AsyncMPClient.add_request_async", "request")
+
+SINGLE_TURN = "single_turn_agent"
+"""verl's agent loop that asks once."""
 
 RUN = policy.new_run()
 """Run id, drawn once in the process that starts the replicas. Each server gets it with its class."""
@@ -62,6 +66,8 @@ class KVShareServer(vLLMHttpServer):
         self._warned = False
         os.environ[worker_events.ADDRESS] = self._record.address  # the engine's processes inherit it
         super().__init__(replica_rank=replica_rank, node_rank=node_rank, gpus_per_node=gpus_per_node, **kwargs)
+        if self.config.multi_turn.enable or self.config.agent.default_agent_loop != SINGLE_TURN:
+            self._policy.store = policy.ALWAYS
         self._chunk_size = self._configure_lmcache()
         self._placeholders = get_vision_placeholder_token_ids(self.model_config.processor)
 
@@ -134,6 +140,16 @@ class KVShareServer(vLLMHttpServer):
         await super().clear_kv_cache()
         if self._policy.caches_reset():
             self._announce_policy()
+
+    async def abort_all_requests(self, reset_prefix_cache: bool = True, reject_request: bool = False) -> dict[str, Any]:
+        """Abort all requests; what they have generated is stored (hooks/lmcache/generated.py) only if that may pay.
+
+        verl rejects late requests when the replica leaves the rotation: others go on with what was aborted, under the
+        same policy. Otherwise it aborts before an update, after which KV counts only if conversations may keep it.
+        """
+        if self.node_rank == 0 and not reject_request and freshness.of(os.environ).mode == freshness.STRICT:
+            await self.engine.reset_prefix_cache(reset_connector=True)  # running requests store nothing after it
+        return await super().abort_all_requests(reset_prefix_cache, reject_request)
 
     async def set_global_steps(self, global_steps: int) -> None:
         await super().set_global_steps(global_steps)

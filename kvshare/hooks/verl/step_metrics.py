@@ -109,7 +109,8 @@ def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
     saved = metrics.get("time_saved_s")
     return (
         f"kvshare step {step}: {shown['prompt']} prompt tokens: {shown['computed']} computed, "
-        f"{shown['local_hit']} local hit, {shown['shared_hit']} shared hit{unknown}, "
+        f"{shown['local_hit']} local hit, {shown['restored_hit']} restored, "
+        f"{shown['shared_hit']} shared hit{unknown}, "
         + (f"STALE: {stale:,}; " if stale else "0 stale; ")
         + (f"{saved:.2f} s saved" if saved is not None else "time saved not known yet")
         + (f"; {not_seen(unseen)}" if unseen else "")

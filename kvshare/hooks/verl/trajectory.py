@@ -1,38 +1,19 @@
 """Freshness mode ``trajectory``: a conversation keeps the KV of the policy under which it began.
 
-verl gives vLLM a new request id for each turn, and for each part of a partial rollout. So its client adds the id that
-stays the same. After an update, a request of such a conversation looks for KV under the policy of its first turn. What
-it computes from then on is stored nowhere, so no other conversation finds it. In vLLM's prefix cache it has a salt of
-its own.
+After an update, a request of such a conversation (core/conversation.py) looks for KV under the policy of its first
+turn. What it computes from then on is stored nowhere, so no other conversation finds it. In vLLM's prefix cache it has
+a salt of its own.
 """
 
 from __future__ import annotations
 
-import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from kvshare.core import freshness, policy
-from kvshare.hooks.patch import optional, wrap
-
-MARK = "@"
-"""Separates the id of the conversation from the rest of a request id."""
+from kvshare.core import conversation, policy
 
 REMEMBERED = 100_000  # conversations whose first policy a replica remembers
-
-
-@optional("Conversations keep no KV across weight updates")
-def patch_client(module: Any) -> None:
-    if freshness.of(os.environ).mode == freshness.TRAJECTORY:
-        wrap(module, "LLMServerClient._vllm_request_id", _request_id, "request_id")
-
-
-def _request_id(wrapped: Any, client: Any, args: tuple, kwargs: dict) -> str:
-    request_id = args[0] if args else kwargs["request_id"]
-    made = wrapped(*args, **kwargs)
-    # With full_determinism, verl uses the same ids again for other conversations.
-    return made if made == request_id else f"{request_id}{MARK}{made}"
 
 
 class Stamp(NamedTuple):
@@ -63,8 +44,8 @@ class Trajectories:
 
     def stamp(self, request_id: str, steps: int) -> Stamp:
         """The stamp of a request that is sent while the engine has the weights of ``steps``."""
-        trajectory, mark, _ = request_id.rpartition(MARK)
-        began = self._began.setdefault(trajectory, steps) if mark else steps
+        trajectory = conversation.of(request_id)
+        began = self._began.setdefault(trajectory, steps) if trajectory else steps
         versions = steps - began + 1
         if versions == 1:
             return Stamp(policy.policy_id(self._run, steps))

@@ -30,6 +30,7 @@ from kvshare.launch.preflight import (
     recipe,
     rollout,
     service,
+    tools,
 )
 from kvshare.launch.preflight.record import describe as describe
 from kvshare.launch.preflight.record import record as record
@@ -54,7 +55,7 @@ STAGES: dict[str, tuple[Check, ...]] = {
     "LMCache's config": (lmcache.settings,),
     "devices, data and services": (
         *(packages.compiled, packages.attention, packages.plugins, environment.environment, environment.cluster),
-        *(rollout.devices, recipe.bucket, recipe.data, recipe.estimator, recipe.router, service.service),
+        *(rollout.devices, recipe.bucket, recipe.data, tools.tools, recipe.estimator, recipe.router, service.service),
     ),
 }
 WARNINGS: tuple[Check, ...] = (

@@ -6,15 +6,17 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kvshare.core import server_status
 from kvshare.core.job import Job
-from kvshare.launch.forecast import Recipe, kv_bytes
+from kvshare.launch.forecast import Forecast, Recipe, kv_bytes
 from kvshare.launch.forecast import forecast as predict
 from kvshare.launch.preflight import prompts
 from kvshare.launch.preflight.engine import block_size, kv_dtype
 from kvshare.launch.preflight.recipe import router_settings
+from kvshare.launch.working_set import WorkingSet
 
 FEW = 0.01
 """A smaller fraction of shareable prompt tokens gives a warning."""
@@ -23,6 +25,8 @@ FEW = 0.01
 def forecast(job: Job) -> Iterator[str]:
     steps, total = prompts.steps(job)
     job.forecast = predict(steps, recipe(job), total)
+    if job.rollout.multi_turn.enable:
+        job.forecast = replace(job.forecast, working_set=working_set(job, len(steps[0]), job.forecast))
     job.facts["forecast"] = job.forecast.verdict
     if job.shares and job.forecast.share < FEW:
         yield job.forecast.verdict
@@ -39,6 +43,50 @@ def recipe(job: Job) -> Recipe:
         routed=job.shares and bool(router),
         spread=router.get("placement") == "spread",
     )
+
+
+def working_set(job: Job, prompts: int, found: Forecast) -> WorkingSet:
+    recipe = found.recipe
+    return WorkingSet(
+        prompts=prompts,
+        samples=recipe.samples,
+        copies=min(recipe.replicas, recipe.samples) if recipe.spread or not recipe.routed else 1,
+        prompt_tokens=found.lengths.mean,
+        answer_tokens=job.config.data.max_response_length,
+        turns=job.rollout.multi_turn.max_assistant_turns,
+        token_bytes=recipe.token_bytes,
+        pool_bytes=kv_pool(job, recipe.token_bytes),
+    )
+
+
+def kv_pool(job: Job, token_bytes: int) -> int | None:
+    """Bytes that all replicas have for KV; None if that depends on a device which is not here.
+
+    vLLM measures what a GPU has left beside weights and activations. Activations are not known here.
+    """
+    engine = job.engine
+    if engine.num_gpu_blocks_override is not None:
+        return job.replicas * engine.num_gpu_blocks_override * block_size(job) * token_bytes
+    if job.device == "cpu" and (space := os.environ.get("VLLM_CPU_KVCACHE_SPACE")):
+        return job.replicas * job.world_size * int(float(space) * 2**30)
+    if engine.kv_cache_memory_bytes is not None:
+        return job.replicas * job.world_size * engine.kv_cache_memory_bytes
+    import torch
+
+    if job.device != "cuda" or not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties(0).total_memory * engine.gpu_memory_utilization
+    return max(0, round(job.replicas * (job.world_size * device - weight_bytes(job))))
+
+
+def weight_bytes(job: Job) -> int:
+    """Bytes of the weights of a replica."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModelForCausalLM.from_config(job.model.hf_config)
+    return sum(weight.numel() for weight in model.parameters()) * kv_dtype(job).itemsize
 
 
 MP_FULL = 0.8
