@@ -114,7 +114,7 @@ $(NPU)/installed: .venv/dev requirements/npu.txt
 	$(NPU)/bin/python -m zipfile -e $(NPU)/vllm_ascend-*.whl $(NPU)/vllm-ascend
 	touch $@
 
-# Train the demo's model again: 45 seconds on an H100, far longer on CPUs.
+# Train the demo's model again: 2 minutes on an H200, hours on CPUs.
 tiny-model: .venv/installed
 	$(BIN)/python dev/train_tiny_model.py
 

@@ -48,7 +48,7 @@ def processes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    gsm8k.write(gsm8k.generate(train=64, test=4, seed=1), folder, shots=16, limit=8)
+    gsm8k.write(gsm8k.generate(train=64, test=4, seed=1), folder, shots=17, limit=8)
     return folder
 
 

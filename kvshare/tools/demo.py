@@ -21,7 +21,7 @@ from kvshare.services.processes import Processes
 from kvshare.tools import gsm8k, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOTS = 16  # worked examples before each question: prompts of 1,100 tokens
+SHOTS = 17  # worked examples before each question: prompts of 1,100 tokens
 SHOTS_WITH_TOOLS = 20  # prompts of 2,000 tokens
 QUIET = {
     "LMCACHE_TRACK_USAGE": "false",

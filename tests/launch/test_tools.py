@@ -50,6 +50,6 @@ def test_a_model_that_cannot_see_tools(make, model, tmp_path):
     plain = tmp_path / "plain.jinja"
     plain.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (line,) = preflight.errors(
-        preflight.run(make(f"+actor_rollout_ref.model.custom_chat_template='{plain.read_text()}'"))
+        preflight.run(make(f"actor_rollout_ref.model.custom_chat_template='{plain.read_text()}'"))
     )
     assert line.startswith("the model's chat template does not show tools")

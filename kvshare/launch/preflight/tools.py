@@ -49,6 +49,6 @@ def _for_the_checker(job: Job) -> Iterator[str]:
         files = job.config.data[key]
         for file in [files] if isinstance(files, str) else files or ():
             if file.endswith(".parquet") and "://" not in file:
-                row = next(iter(load_dataset("parquet", data_files=file, split="train", streaming=True)), {})
+                row: dict = next(iter(load_dataset("parquet", data_files=file, split="train", streaming=True)), {})
                 if "checker" not in ((row.get("extra_info") or {}).get("tools_kwargs") or {}):
                     yield f"data.{key}: {file} has nothing for the checker: make it with kvshare prepare --tools"
