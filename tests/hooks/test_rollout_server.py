@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreRequest
 
-from kvshare.core import policy
+from kvshare.core import freshness, policy
 from kvshare.hooks.verl import rollout_server
 from kvshare.hooks.verl.replica_policy import ReplicaPolicy
 from kvshare.hooks.verl.replica_record import ReplicaRecord
@@ -123,6 +123,20 @@ def test_update_that_fails_is_not_silent(server, calls, monkeypatch):
     assert "share no KV until verl has updated the weights" in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("mode", "reject", "resets"), [("strict", False, 1), ("strict", True, 0), ("trajectory", False, 0)]
+)
+def test_aborted_requests_are_stored_unless_nobody_may_read_them(server, calls, monkeypatch, mode, reject, resets):
+    """After a reset running requests store nothing. verl rejects late requests when a replica leaves the rotation."""
+
+    async def abort_all_requests(self, reset_prefix_cache, reject_request):
+        return {"resets": calls.resets}
+
+    monkeypatch.setattr(KVShareServer.__mro__[1], "abort_all_requests", abort_all_requests)
+    monkeypatch.setenv(freshness.MODE, mode)
+    assert asyncio.run(server.abort_all_requests(reject_request=reject)) == {"resets": resets}
+
+
 def test_engine_that_has_died_is_reported(server, monkeypatch):
     """With the exit codes of its processes; Ray's own process manager of vLLM has none."""
     reported = []
@@ -164,7 +178,7 @@ def test_request_is_stamped_as_it_is_sent(server):
     extra = {"other": 1, "kv_transfer_params": {"a": 2}}
     request, own = sent(server, extra=extra), server._policy.name
     assert request.cache_salt == own == server._stamps["r"].policy
-    params = {"a": 2, policy.TAG: own, worker_events.REQUEST: "r"}
+    params = {"a": 2, policy.TAG: own, worker_events.REQUEST: "r", policy.STORE: policy.IF_ABORTED}
     assert request.sampling_params.extra_args == {"other": 1, "kv_transfer_params": params}
     assert "kv_transfer_params" in extra
     assert extra["kv_transfer_params"] == {"a": 2}  # others may use it too
