@@ -12,6 +12,7 @@ from kvshare.core import policy
 
 PROMPT, GENERATED = 4 * CHUNK + 50, 2 * CHUNK
 COMPUTED = PROMPT + GENERATED - 1  # the last token's KV is not
+LONG = 1500  # tokens of an answer of which the end of the last chunk is less than a tenth
 GENERATION = "vllm:generation_tokens_total"
 ALWAYS, IF_ABORTED = ({policy.STORE: value} for value in (policy.ALWAYS, policy.IF_ABORTED))
 
@@ -92,7 +93,7 @@ def test_an_interrupted_answer_goes_on_with_its_kv(engines, prompt, where):
     start, before = len(first.events), first.metric(GENERATION)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(first.ask, prompt, "run-1", 2500, IF_ABORTED)
-        until(lambda: first.metric(GENERATION) - before > GENERATED, first.process)
+        until(lambda: first.metric(GENERATION) - before > LONG, first.process)
         first.abort_all()
         partial = asked.result()
     computed = PROMPT + len(partial.tokens) - 1
@@ -101,3 +102,4 @@ def test_an_interrupted_answer_goes_on_with_its_kv(engines, prompt, where):
     again = engine.ask(turn, "run-1")
     same(engine.ask(turn, "run-2"), again)
     assert again.cached == chunks(computed)
+    assert computed - again.cached <= computed / 10  # without: all
