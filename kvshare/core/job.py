@@ -27,6 +27,7 @@ class Job:
     hydra_args: list[str]
     config: Any = None  # verl's composed config, set by the check config()
     replica_list: list[Any] = field(default_factory=list)  # verl's RolloutReplicas, set by the check replicas()
+    standby: int = 0  # number of the first of them that generate for validations only, set by the check replicas()
     model: Any = None  # verl's HFModelConfig, set by the check engine()
     engine: Any = None  # vLLM's parsed arguments, set by the check engine()
     connectors: list[Any] = field(default_factory=list)  # LMCache's, as vLLM's KVTransferConfigs, set by connector()
@@ -59,10 +60,19 @@ class Job:
         return len(self.replica_list)
 
     @property
+    def serving(self) -> int:
+        """Replicas that generate what is trained on."""
+        return self.replicas - self.standby
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the job, if all pools of replicas are on the same ones."""
+        return max(self.config.trainer.nnodes, self.rollout.nnodes)
+
+    @property
     def workers_a_node(self) -> int:
-        """The most workers with an LMCache engine that one node gets, if all pools are on the same nodes."""
-        nodes = max(self.config.trainer.nnodes, self.rollout.nnodes)
-        return -(-self.replicas * self.world_size // nodes)
+        """The most workers with an LMCache engine that one node gets."""
+        return -(-self.replicas * self.world_size // self.nodes)
 
     def hydra(self) -> tuple[str, str, list[str]]:
         """Split ``hydra_args`` into config folder (absolute), config name and overrides, with main_ppo's defaults."""

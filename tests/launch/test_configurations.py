@@ -6,8 +6,6 @@ WARNINGS do not, and WORKS pass with the words in a row of the table.
 
 import json
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 
 import datasets
 import pytest
@@ -64,25 +62,7 @@ def mp(**keys) -> Given:
     return Given(connector=connector, backend="mp", yaml=MP.read_text())
 
 
-EXPERIMENTAL = Path(str(find_spec("verl").origin)).parent / "experimental"
-
-
-def own_main(name: str, *overrides: str, backend: str = "remote") -> Given:
-    """A job of a main of its own in verl.experimental, with that main's config."""
-    folder = EXPERIMENTAL / f"{name}_policy" / "config"
-    config = ("--config-dir", str(folder), "--config-name", f"{name}_ppo_trainer")
-    needed = (f"{ROLLOUT}.name=vllm", "actor_rollout_ref.actor.use_dynamic_bsz=true", "data.max_prompt_length=2048")
-    devices = (f"{ROLLOUT}.tensor_model_parallel_size=1", "rollout.nnodes=2", "rollout.n_gpus_per_node=3")
-    given = (*config, *needed, *devices, "actor_rollout_ref.hybrid_engine=false", *overrides)
-    return Given(overrides=given, backend=backend, device="cuda")
-
-
-FULLY = ("data.train_batch_size=0", "actor_rollout_ref.actor.ppo_mini_batch_size=2")
 OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": {"num_cpu_blocks": 8}}
-SEPARATE = (
-    *("trainer.v1.trainer_mode=separate_async", f"{ROLLOUT}.nnodes=1", f"{ROLLOUT}.n_gpus_per_node=6"),
-    *("actor_rollout_ref.actor.ppo_mini_batch_size=4", f"{ROLLOUT}.checkpoint_engine.backend=nccl"),
-)
 LAYERWISE = "makes LMCache drop the policy of a request"
 
 ERRORS = [
@@ -211,13 +191,6 @@ ERRORS = [
     (verl(f"{KV}.no_such_argument=1"), "vLLM refuses what verl gives it: unrecognized arguments: --no-such-argument"),
     (verl("algorithm.adv_estimator=grop", device="cpu"), "'grop' is not one verl knows"),
     (verl("actor_rollout_ref.model.path=it's"), r"write it as 'actor_rollout_ref.model.path='"),
-    (own_main("one_step_off", "actor_rollout_ref.hybrid_engine=true"), "asserts actor_rollout_ref.hybrid_engine=false"),
-    (own_main("fully_async"), "fully_async trainer asserts data.train_batch_size=0, it is"),
-    (own_main("fully_async", *FULLY, "data.gen_batch_size=2"), "asserts data.gen_batch_size=1, it is 2"),
-    (
-        own_main("fully_async", *FULLY, f"{ROLLOUT}.tensor_model_parallel_size=4"),
-        "6 devices (nodes: 2, devices a node: 3",
-    ),
     (verl("--config-name=ppo_trainer", "--config-dir", verl_config()), "actor_rollout_ref.rollout.name: set it"),
     (verl(f"{ROLLOUT}.tensor_model_parallel_size='2'"), "tensor_model_parallel_size is '2', must be an integer"),
     (verl(f"{ROLLOUT}.tensor_model_parallel_size=null"), "tensor_model_parallel_size is None, must be an integer"),
@@ -278,10 +251,6 @@ WARNINGS = [
         "fs://localhost:1/tmp/kv is not known to work with kvshare: only lm, valkey, redis",
     ),
     (env(REMOTE_STORAGE_PLUGINS="fs"), "plugin://fs is not known to work with kvshare: only lm, valkey, redis"),
-    (
-        verl("trainer.v1.trainer_mode=colocate_async", device="cpu"),
-        "colocate_async trainer is not known to work with kvshare: only sync",
-    ),
 ]
 
 TP4 = (f"{ROLLOUT}.tensor_model_parallel_size=4",)
@@ -293,15 +262,6 @@ WORKS = [
         verl("trainer.n_gpus_per_node=8", f"{ROLLOUT}.data_parallel_size=2", f"{ROLLOUT}.expert_parallel_size=2"),
         "replicas",
         "4 replicas of 2 cuda",
-    ),
-    (verl(*SEPARATE), "replicas", "8 replicas of 1 cuda (2 hybrid, 6 standalone)"),
-    (verl(*SEPARATE, "actor_rollout_ref.hybrid_engine=false"), "replicas", "6 replicas of 1 cuda (6 stand"),
-    (own_main("one_step_off"), "replicas", "6 replicas of 1 cuda (6 standalone)"),
-    (own_main("fully_async", *FULLY), "replicas", "6 replicas of 1 cuda (6 standalone)"),
-    (
-        own_main("fully_async", *FULLY, "async_training.use_trainer_do_validate=true"),
-        "replicas",
-        "8 replicas of 1 cuda (2 hybrid, 6 standalone)",
     ),
     (verl(f"{KV}.kv_cache_dtype=fp8", f"{ROLLOUT}.dtype=bfloat16"), "engine", "KV in fp8, 1 bytes an element"),
     (verl(f"{ROLLOUT}.dtype=bfloat16"), "engine", "blocks of 16 tokens, KV in bfloat16, 2 bytes"),
@@ -413,14 +373,3 @@ def test_files_that_do_not_go_together(make, data, tmp_path):
     found = preflight.errors(preflight.run(made))
     assert len(found) == 1, found
     assert found[0].startswith("verl cannot read data.train_files (The features can't be aligned")
-
-
-def test_step_of_fully_async_is_what_it_trains_on_between_two_weight_updates(make):
-    given = ("async_training.require_batches=2", "async_training.trigger_parameter_sync_step=2")
-    made = make(own_main("fully_async", *FULLY, *given))
-    for stage in list(preflight.STAGES.values())[1:-1]:
-        for check in stage:
-            assert list(check(made)) == []
-    steps, _ = preflight.memory.prompts.steps(made)
-    assert {len(step) for step in steps} == {2 * 2 * 2}  # with a ppo_mini_batch_size of 2
-    assert made.workers_a_node == 3

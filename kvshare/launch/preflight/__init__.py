@@ -31,6 +31,7 @@ from kvshare.launch.preflight import (
     rollout,
     service,
     tools,
+    trainer,
 )
 from kvshare.launch.preflight.record import describe as describe
 from kvshare.launch.preflight.record import record as record
@@ -40,7 +41,7 @@ Check = Callable[[Job], Iterator[str]]
 
 def untried(job: Job) -> Iterator[str]:
     """Say which combinations are not known to work."""
-    for part in (rollout, engine, lmcache, service):
+    for part in (trainer, rollout, engine, lmcache, service):
         yield from part.untried(job)
 
 
@@ -48,18 +49,27 @@ def untried(job: Job) -> Iterator[str]:
 STAGES: dict[str, tuple[Check, ...]] = {
     "packages": (packages.packages,),
     "verl's config and LMCache's settings": (recipe.config, lmcache.written),
-    "numbers of the rollout": (rollout.numbers,),
-    "verl's objects": (rollout.verl, rollout.replicas, recipe.model),
+    "trainer and numbers of the rollout": (trainer.mode, rollout.numbers),
+    "verl's objects": (rollout.verl, trainer.trainer, rollout.replicas, recipe.model),
     "vLLM's arguments": (engine.engine,),
     "vLLM's connector": (engine.connector,),
     "LMCache's config": (lmcache.settings,),
     "devices, data and services": (
         *(packages.compiled, packages.attention, packages.plugins, environment.environment, environment.cluster),
-        *(rollout.devices, recipe.bucket, recipe.data, tools.tools, recipe.estimator, recipe.router, service.service),
+        *(rollout.devices, trainer.weights, recipe.bucket, recipe.data, tools.tools, recipe.estimator, recipe.router),
+        service.service,
     ),
 }
 WARNINGS: tuple[Check, ...] = (
-    *(memory.forecast, memory.memory, host_memory.host_memory, engine.graphs, service.exposure, untried),
+    *(
+        memory.forecast,
+        memory.memory,
+        host_memory.host_memory,
+        engine.graphs,
+        service.exposure,
+        trainer.staleness,
+        untried,
+    ),
 )
 
 

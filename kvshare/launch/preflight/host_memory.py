@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from kvshare.core import server_status
 from kvshare.core.errors import UserError
 from kvshare.core.job import Job
+from kvshare.launch.preflight.prompts import batch_size
+from kvshare.launch.preflight.trainer import kind, pools
 
 GIB = 2**30
 FP32 = 4  # bytes; verl trains in fp32 on CPU
@@ -27,8 +29,12 @@ ENTROPY = 2.0
 # Measured as PSS with the tiny model (docs/reliability.md). Ray's object store stayed empty.
 RUN = 3.3 * GIB
 """What Ray, the driver, the service and those processes of verl take that a run has once."""
-DEVICE = 2.0 * GIB
-"""What a training worker and the three processes of its replica take, apart from model and caches."""
+IDLE_ROUTER = 0.35 * GIB
+"""verl starts a router for each pool of replicas, and asks only the last one."""
+WORKER = 0.5 * GIB
+"""What a training worker takes, apart from the model, or the worker through which a standalone replica gets weights."""
+ENGINE = 1.5 * GIB
+"""What the three processes of a replica take, apart from model and caches."""
 THRESHOLD = "RAY_memory_usage_threshold"
 
 
@@ -74,7 +80,10 @@ def estimate(job: Job, model: Training) -> dict[str, float]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
 
     trainer, rollout = job.config.trainer, job.rollout
-    devices, replicas = trainer.n_gpus_per_node, trainer.n_gpus_per_node / job.world_size
+    devices, engines, replicas = trainer.n_gpus_per_node, job.workers_a_node, job.workers_a_node / job.world_size
+    nodes, own = pools(job).get("standalone", (0, 0))
+    standalone = nodes * own / job.nodes
+    idle = IDLE_ROUTER if kind(job) == "separate_async" else 0
     fp32, weights = model.parameters * FP32, model.parameters * (FP32 if rollout.dtype == "float32" else 2)
     shards = job.config.actor_rollout_ref.actor.fsdp_config.fsdp_size
     sharded = fp32 * devices / (shards if shards > 0 else devices * trainer.nnodes)
@@ -83,14 +92,15 @@ def estimate(job: Job, model: Training) -> dict[str, float]:
     entropy = actor.calculate_entropy or actor.entropy_coeff != 0
     backward = devices * (model.activations + model.logits * (LOGITS + ENTROPY * entropy))
     bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20
-    # An engine keeps all new weights (CPUWorkerExtension), then loads them beside the old ones.
-    update = devices * (fp32 + min(bucket, fp32)) + replicas * weights
+    # An engine keeps all new weights (CPUWorkerExtension), then loads them beside the old ones. Those for a standalone
+    # replica wait in a queue (cpu_checkpoint_engine).
+    update = devices * fp32 + engines * min(bucket, fp32) + standalone * fp32 + replicas * weights
     return {
-        "processes": RUN + DEVICE * devices,
+        "processes": RUN + idle + WORKER * (devices + standalone) + ENGINE * engines,
         "weights, gradients, optimizer": copies * sharded,
         "a micro batch or a weight update": max(backward, update),
         "engines' weights": replicas * weights,
-        "their KV": devices * _kv_pool(job),
+        "their KV": engines * _kv_pool(job),
         "LMCache": _lmcache(job),
     }
 
@@ -167,6 +177,6 @@ def _lmcache(job: Job) -> float:
     status = os.environ.get(server_status.VARIABLE)
     if job.backend != "remote" or not status or not Path(status).is_file():
         return local
-    data, trainer = job.config.data, job.config.trainer
-    steps = trainer.total_training_steps or trainer.total_epochs * job.forecast.of // data.train_batch_size
+    trainer = job.config.trainer
+    steps = trainer.total_training_steps or trainer.total_epochs * job.forecast.of // batch_size(job)
     return local + min(json.loads(Path(status).read_text())["limit"], steps * job.forecast.stored_bytes_a_step)

@@ -106,7 +106,7 @@ def settings(job: Job) -> Iterator[str]:
         yield f"{_source(job, 'min_retrieve_tokens')} {fewest} is longer than any prompt: lower it"
     if job.shares:
         yield from BACKENDS[job.backend].settings(job, path)
-    if job.config.trainer.nnodes > 1 and job.backend != "mp":  # mp has one server per node
+    if job.nodes > 1 and job.backend != "mp":  # mp has one server per node
         yield from _localhost(job)
 
 
@@ -147,7 +147,7 @@ def _localhost(job: Job) -> Iterator[str]:
     for key in BACKENDS[job.backend].addresses:
         value = str(getattr(job.lmcache, key))
         if any(name in value for name in ("localhost", "127.0.0.1", "[::1]")):
-            yield f"{key} {value} is this machine only, the job has {job.config.trainer.nnodes} nodes: set its address"
+            yield f"{key} {value} is this machine only, the job has {job.nodes} nodes: set its address"
 
 
 def untried(job: Job) -> Iterator[str]:

@@ -35,7 +35,7 @@ def forecast(job: Job) -> Iterator[str]:
 def recipe(job: Job) -> Recipe:
     router = router_settings(job)
     return Recipe(
-        replicas=job.replicas,
+        replicas=job.serving,
         samples=job.rollout.n,
         chunk_size=job.lmcache.chunk_size,
         block_size=block_size(job),

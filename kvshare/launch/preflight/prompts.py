@@ -36,7 +36,7 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
             dataset = create_rl_dataset(data.train_files, data, model.tokenizer, model.processor, max_samples=most)
     except Exception as error:  # e.g. files whose columns differ in type
         raise UserError(f"verl cannot read data.train_files ({one_line(error)}): correct them") from None
-    size = data.train_batch_size or _batch_of_fully_async(job)
+    size = batch_size(job)
     found: list[list[list[int]]] = []
     left = 0
     prompts = (ids for ids in _tokenized(dataset, model, data) if len(ids) <= data.max_prompt_length)
@@ -52,11 +52,14 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     return found, len(dataset)
 
 
-def _batch_of_fully_async(job: Job) -> int:
-    """Prompts between two weight updates of verl's fully async trainer, whose train_batch_size is 0.
+def batch_size(job: Job) -> int:
+    """Prompts between two weight updates.
 
-    Its own words for them are required_samples * trigger_parameter_sync_step (FullyAsyncRollouter).
+    verl's fully async trainer has a train_batch_size of 0. Its own words for them are required_samples *
+    trigger_parameter_sync_step (FullyAsyncRollouter).
     """
+    if size := job.config.data.train_batch_size:
+        return size
     asynchronous = job.config.async_training
     mini = job.config.actor_rollout_ref.actor.ppo_mini_batch_size
     return mini * asynchronous.require_batches * asynchronous.trigger_parameter_sync_step

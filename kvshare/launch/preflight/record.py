@@ -37,6 +37,8 @@ def describe(job: Job) -> dict[str, Any]:
         "backend": job.backend if job.shares else "no connector",
         "device": job.device,
         "replicas": job.replicas,
+        "standby": job.standby,
+        "trainer": job.facts.get("trainer"),
         "model": str(job.config.actor_rollout_ref.model.path),
         "chunk_size": job.lmcache.chunk_size,
         "forecast": job.forecast.record() if job.forecast else None,

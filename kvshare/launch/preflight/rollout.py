@@ -16,9 +16,7 @@ from omegaconf import OmegaConf
 from kvshare.core.job import Job, one_line
 from kvshare.core.lmcache_settings import near
 from kvshare.launch.preflight.environment import ray_address
-
-TRIED = "sync"
-"""The trainer of verl with which kvshare has trained."""
+from kvshare.launch.preflight.trainer import FULLY, kind, only_validates, pools
 
 
 def verl(job: Job) -> Iterator[str]:
@@ -39,18 +37,10 @@ def verl(job: Job) -> Iterator[str]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    if trainer(job) in OWN_MAIN:  # their mains do this first
-        rollout.nnodes, rollout.n_gpus_per_node = job.config.rollout.nnodes, job.config.rollout.n_gpus_per_node
-        if job.config.actor_rollout_ref.hybrid_engine:
-            yield f"verl's {trainer(job)} trainer asserts actor_rollout_ref.hybrid_engine=false: set it"
-    if trainer(job) == "fully_async":
-        for key, wanted in (("train_batch_size", 0), ("gen_batch_size", 1)):  # FullyAsyncRollouter.__init__
-            if job.config.data[key] != wanted:
-                yield f"verl's fully_async trainer asserts data.{key}={wanted}, it is {job.config.data[key]}: set it"
     try:
         omega_conf_to_dataclass(rollout)
         omega_conf_to_dataclass(job.config.algorithm)
-        if trainer(job) != "fully_async":  # which does not call it
+        if kind(job) != FULLY:  # which does not call it
             with contextlib.redirect_stdout(io.StringIO()):
                 validate_config(job.config, need_reference_policy(job.config), need_critic(job.config))
     except Exception as error:
@@ -81,42 +71,13 @@ def _unread(engine_kwargs: Any) -> Iterator[str]:
 ENGINES = ("vllm", "sglang", "trtllm")
 
 
-OWN_MAIN = ("fully_async", "one_step_off")
-"""Trainers of verl with a main of their own, known by their configs."""
-
-
-def trainer(job: Job) -> str:
-    """Which of verl's trainers runs the job."""
-    if "async_training" in job.config:
-        return "fully_async"
-    if "rollout" in job.config:
-        return "one_step_off"
-    return job.config.trainer.v1.trainer_mode if job.config.trainer.use_v1 else "v0"
-
-
-def pools(job: Job) -> dict[str, tuple[int, int]]:
-    """(nodes, devices a node) of each resource pool in which verl starts rollout replicas.
-
-    Hybrid replicas share the devices of the training, standalone ones have devices of their own (verl 0.9.1:
-    PPOTrainer._setup, PPOTrainerSeparateAsync._setup, FullyAsyncLLMServerManager, OneStepOffRayTrainer).
-    """
-    config, kind = job.config, trainer(job)
-    training = {"hybrid": (config.trainer.nnodes, config.trainer.n_gpus_per_node)}
-    standalone = {"standalone": (job.rollout.nnodes, job.rollout.n_gpus_per_node)}
-    if kind == "one_step_off":
-        return standalone
-    if kind == "fully_async":
-        asynchronous = config.async_training
-        shared = asynchronous.use_dynamic_resource_scheduling or asynchronous.use_trainer_do_validate
-        return (training if shared else {}) | standalone
-    if kind == "separate_async":
-        return (training if config.actor_rollout_ref.get("hybrid_engine", True) else {}) | standalone
-    return training
-
-
 def replicas(job: Job) -> Iterator[str]:
     """Let verl's LLMServerManager make its replicas, without starting them."""
     size = job.rollout.tensor_model_parallel_size * job.rollout.data_parallel_size
+    for name, (nodes, devices) in pools(job).items():
+        if not isinstance(nodes, int) or not isinstance(devices, int):
+            yield f"nnodes of the {name} replicas is {nodes!r}, n_gpus_per_node {devices!r}: set both to an integer"
+            return
     found = {name: pool for name, pool in pools(job).items() if pool[0]}
     for name, (nodes, devices) in found.items():
         if nodes * devices < size or nodes * devices % size:
@@ -131,7 +92,10 @@ def replicas(job: Job) -> Iterator[str]:
         yield f"verl cannot place the rollout replicas: {one_line(error)}: correct it"
         return
     across = job.replica_list[0].nnodes
-    kinds = ", ".join(f"{nodes * devices // size} {name}" for name, (nodes, devices) in found.items())
+    counts = {name: nodes * devices // size for name, (nodes, devices) in found.items()}
+    job.standby = counts["hybrid"] if only_validates(job) else 0
+    idle = " for validation only" if job.standby else ""
+    kinds = ", ".join(f"{count} {name}{idle if name == 'hybrid' else ''}" for name, count in counts.items())
     job.facts["replicas"] = f"{job.replicas} replicas of {job.world_size} {job.device}" + (
         (f" on {across} nodes each" if across > 1 else "") + (f" ({kinds})" if [*found] != ["hybrid"] else "")
     )
@@ -186,9 +150,7 @@ def devices(job: Job) -> Iterator[str]:
 
 
 def untried(job: Job) -> Iterator[str]:
-    """Say what is not known to work: trainers, and replicas that span nodes or have several engines."""
-    if (kind := trainer(job)) != TRIED:
-        yield f"verl's {kind} trainer is not known to work with kvshare: only {TRIED} has been trained with"
+    """Say what is not known to work: replicas that span nodes or have several engines, and managers of a user."""
     if job.shares and job.replica_list[0].nnodes > 1:
         yield "replicas on several nodes are not known to share: set tensor_model_parallel_size to fit one node"
     if job.shares and job.rollout.data_parallel_size > 1:

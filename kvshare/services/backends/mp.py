@@ -97,7 +97,7 @@ def _number(value: Any) -> bool:
 def _running(job: Job) -> Iterator[str]:
     (url,) = addresses(job)
     at, chunk_size = health.check_mp_server(url)
-    nodes = job.config.trainer.nnodes
+    nodes = job.nodes
     job.facts["service"] = f"lmcache server at {at}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
     if chunk_size != job.lmcache.chunk_size:
         yield (

@@ -40,7 +40,7 @@ def _running(job: Job) -> Iterator[str]:
     job.facts["service"] = f"lmcache_controller at {at}"
     if job.rollout.data_parallel_size > 1:
         yield "the p2p backend needs one engine per replica: set rollout.data_parallel_size=1"
-    if job.config.trainer.nnodes > 1 and job.lmcache.p2p_host not in LOOPBACK:
+    if job.nodes > 1 and job.lmcache.p2p_host not in LOOPBACK:
         yield f"p2p_host {job.lmcache.p2p_host} is one node's address: set it to localhost, each replica uses its own"
     try:
         check_ports(lmcache.to_dict(), job.replicas, job.world_size)
@@ -50,7 +50,7 @@ def _running(job: Job) -> Iterator[str]:
     for name in PORT_LISTS:
         own = list(dict.fromkeys(getattr(lmcache, name) or []))[: job.replicas * job.world_size]
         taken = [port for port in own if not host_ports.is_free("127.0.0.1", port)]
-        if taken and job.config.trainer.nnodes == 1:
+        if taken and job.nodes == 1:
             yield f"{name}: port {', '.join(map(str, taken))} is taken: stop what uses it, or choose other ports"
 
 
