@@ -107,7 +107,7 @@ class Routing(Event):
     move_seconds: float = 0.0
     saved_seconds: float = 0.0
     break_even_tokens: int | None = None
-    silent: list[int] = []  # replicas that the router hears nothing of
+    silent: list[str] = []  # addresses of replicas that the router hears nothing of
 
 
 class Step(Event):

@@ -34,6 +34,7 @@ class Listener:
         self.silent: set[str] = set()  # servers that do not answer
         self._state, self._changed = state, changed
         self._tasks: dict[str, asyncio.Task] = {}
+        self._news = asyncio.Event()  # set and replaced with each report
 
     async def hear_all(self, handles: dict[str, Any], until: float) -> None:
         """Start to follow servers. Wait until each has reported once, or until ``until`` on the event loop's clock."""
@@ -47,6 +48,15 @@ class Listener:
                 await asyncio.wait_for(hearing, until - asyncio.get_running_loop().time())
             for server in unheard:
                 server.heard.set()
+
+    async def wait_resumed(self, until: float) -> None:
+        """Wait while all servers are paused or load weights, or until ``until``: none would take a request before."""
+        clock = asyncio.get_running_loop().time
+        while self._state and all(server.policy is None for server in self._state.values()) and not self.silent:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), until - clock())
+            if clock() >= until:
+                break
 
     def heard(self, name: str, pace: Pace) -> None:
         self._paces[name] = pace
@@ -88,4 +98,6 @@ class Listener:
         server = self._state[name]
         server.policy = policy
         server.heard.set()
+        news, self._news = self._news, asyncio.Event()
+        news.set()
         self._changed(name)

@@ -19,7 +19,7 @@ import ray
 from cachetools import LRUCache
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
-from kvshare.core import lmcache_settings
+from kvshare.core import freshness, lmcache_settings
 from kvshare.core.log_limit import LimitedLogger
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.routing.cost_model import break_even
@@ -59,6 +59,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         super().__init__(servers, full_determinism=bool(config.get("full_determinism")))
         self._hold_seconds = float(config.get("hold_seconds", 30))
         self._spread = config.get("placement") == "spread"
+        self._keeps = freshness.of(os.environ).mode == freshness.TRAJECTORY  # only the last server can
         self._chunk_size = int(config.get("chunk_size") or _chunk_size())
         self._state = {name: Server() for name in servers}
         self._listener = Listener(self._state, self._policy_changed)
@@ -84,6 +85,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         clock = asyncio.get_running_loop().time
         until = clock() + self._hold_seconds
         await self._listener.hear_all(self._servers, until)
+        await self._listener.wait_resumed(until)
         ids = token_ids(prompt_ids)
         digests = self._conversations.digests(request_id, before_images(ids, self._listener.placeholders))
         began, may_wait, held = clock(), True, False
@@ -130,11 +132,9 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
 
     def _counters(self) -> dict[str, Any]:
         even = break_even(self._listener.pace)
-        replicas = list(self._servers)
-        silent = sorted(replicas.index(name) for name in self._listener.silent if name in replicas)
         return self._counts.to_dict() | {
             "break_even_tokens": round(even) if math.isfinite(even) else None,
-            "silent": silent,
+            "silent": sorted(self._listener.silent.intersection(self._servers)),
         }
 
     def _write_counters(self) -> None:
@@ -147,7 +147,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             raise RuntimeError("No available servers in load balancer")
         last = self._request_id_to_server.get(request_id)
         policy, last_tokens = self._turns.get(request_id, (None, 0))
-        if last not in self._state or self._state[last].policy != policy:
+        if last not in self._state or (self._state[last].policy != policy and not self._keeps):
             last, last_tokens = None, 0
         self._most = max(self._most, self.get_total_inflight() + 1)
         usual = self._most / len(self._servers) - 1
@@ -159,10 +159,11 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
     def _choose(self, request_id: str, prompt: Prompt, options: list[Choice]) -> Choice:
         if self._full_determinism:
             return options[zlib.crc32(request_id.encode()) % len(options)]
-        requests = {name: server.requests for name, server in self._state.items()}
+        last, requests = self._request_id_to_server.get(request_id), {n: s.requests for n, s in self._state.items()}
         if self._spread:
-            last = self._request_id_to_server.get(request_id)
             return min(options, key=lambda c: (c.server != last, requests[c.server], c.cost.total))
+        if not any(server.policy for server in self._state.values()):  # as verl's own: others of its prompt stay too
+            return min(options, key=lambda c: (c.server != last, c.cost.total))
         return cheapest(options, prompt, requests)
 
     def _place(self, request_id: str, choice: Choice, tokens: int, digests: list[str]) -> None:

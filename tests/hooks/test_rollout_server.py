@@ -23,7 +23,7 @@ def server():
     """A server before its engine starts; the policy needs no more."""
     made = _server_class("0123456789abcdef").__new__(_server_class("0123456789abcdef"))
     made.node_rank = made.replica_rank = 0
-    made._policy, made._stamps, made._warned = ReplicaPolicy(made.run), {}, False
+    made._policy, made._stamps, made._warned, made._paused = ReplicaPolicy(made.run), {}, False, False
     made._record, made._policy_changed = ReplicaRecord(0, 0, range(1)), asyncio.Event()
     made._placeholders = []
     return made
@@ -70,6 +70,31 @@ def test_policy_through_an_update(server, calls):
     assert before == server._policy.name  # its own until the first update
     asyncio.run(scenario())
     assert heard == [before, "0123456789abcdef-3", None, "0123456789abcdef-4"]
+
+
+def test_router_hears_that_the_replica_is_paused(server, monkeypatch):
+    """verl aborts all requests before an update; colocate_async long before it."""
+    verl = KVShareServer.__mro__[1]
+
+    async def abort(self, *args):
+        assert await server.wait_policy_change("0123456789abcdef-3") == (None, pace)  # before the engine has paused
+        return {"aborted_count": 2}
+
+    async def scenario():
+        server._rejecting, server._submission_paused, server._resume_event = False, True, asyncio.Event()
+        await server.set_global_steps(3)
+        waits = asyncio.create_task(server.wait_prefix_stored("0123456789abcdef-3", "a", 60))
+        await asyncio.sleep(0)
+        assert await server.abort_all_requests(reject_request=True) == {"aborted_count": 2}
+        assert (await waits)[0] is False
+        assert await server.wait_prefix_stored("0123456789abcdef-3", "a", 60) == (False, pace)
+        await server.open_submission_gate()
+        assert not server._submission_paused
+        assert await server.wait_policy_change(None) == ("0123456789abcdef-3", pace)
+
+    pace = server._record.rates.pace()
+    monkeypatch.setattr(verl, "abort_all_requests", abort)
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_update_without_global_steps(server, calls):

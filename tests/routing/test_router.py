@@ -216,13 +216,114 @@ def test_another_policy_is_led_again():
     scenario(test)
 
 
-def test_nobody_is_held_while_weights_change():
-    async def test(router, servers):
-        for server in servers.values():
-            server.policy = None
-        assert gone(await arrive(router, *"abcd")) == list("abcd")
+def test_requests_wait_while_all_weights_change_and_then_share():
+    """verl's servers would not take them before. Its async trainers send those again that an update has aborted."""
 
-    scenario(test)
+    async def test(router, servers):
+        await arrive(router, "first", prompt=[8] * 1000)
+        for server in servers.values():
+            server.update(None)
+        tasks = await arrive(router, *"abcd")
+        assert gone(tasks) == []
+        servers["1"].update("run-2")
+        await asyncio.sleep(0.001)
+        assert {task.result()[0] for task in tasks.values()} == {"1"}
+        assert router.get_status()["leaders"] == 2
+
+    scenario(test, pace=FAST)
+
+
+def test_weights_that_change_for_long_hold_nobody_forever():
+    """Then a conversation stays where it was, and so do others of its prompt."""
+
+    async def test(router, servers):
+        before = await arrive(router, *"abcd")
+        busy(router, before["a"].result()[0])
+        for server in servers.values():
+            server.update(None)
+        tasks = await arrive(router, *"abcd")
+        await asyncio.sleep(6)
+        assert gone(tasks) == list("abcd")
+        assert {task.result()[0] for task in tasks.values()} == {before["a"].result()[0]}
+        assert router.get_status()["leaders"] == 1
+
+    scenario(test, hold_seconds=5)
+
+
+@pytest.mark.parametrize("placement", ["cost", "spread"])
+def test_replicas_at_different_versions_lead_for_themselves(placement):
+    async def test(router, servers):
+        await arrive(router, "first", prompt=[8] * 1000)
+        servers["1"].update("run-2")
+        await asyncio.sleep(0.001)
+        led = {}
+        for name in "abcd":
+            placed = (await arrive(router, name))[name]
+            if placed.done():
+                led.setdefault(placed.result()[0], name)
+                busy(router, placed.result()[0])
+        assert sorted(led) == ["0", "1"]
+        assert router.get_status()["leaders"] == 3
+        servers["0"].answer(True)  # whoever waits for it goes, also to the other version
+        await asyncio.sleep(0.001)
+        assert {leader.server for leader in router._chunks._leaders} == {"1"}
+
+    scenario(test, pace=FAST, placement=placement)
+
+
+def test_replica_that_updates_while_it_leads():
+    """What it computes from then on is of no version, and nobody waits for it."""
+
+    async def test(router, servers):
+        tasks = await held(router, *"abc")
+        name = tasks["leader"].result()[0]
+        servers[name].update(None)
+        await asyncio.sleep(0.001)
+        assert {tasks[follower].result()[0] for follower in "abc"} == {"0", "1"} - {name}
+        servers[name].update("run-2")
+        servers[name].answer(True)
+        await asyncio.sleep(0.001)
+        again = await arrive(router, "d")
+        assert again["d"].result()[0] != name  # the other one has the prompt, of its own version
+        assert router.get_status()["leaders"] == 2
+
+    scenario(test, pace=FAST)
+
+
+@pytest.mark.parametrize(("version", "leaders"), [("run-1", 1), ("run-0", 2)])
+def test_replica_that_joins_late(version, leaders):
+    """A hybrid one: it loads what replicas of its version have stored, and computes what only others have."""
+
+    async def test(router, servers):
+        tasks = await arrive(router, "a")
+        servers[tasks["a"].result()[0]].answer(True)
+        await asyncio.sleep(0.001)
+        servers["2"] = Server(FAST)
+        servers["2"].policy = version
+        router.add_servers({"2": servers["2"]})
+        busy(router, "0")
+        busy(router, "1")
+        joined = await arrive(router, "b")
+        assert joined["b"].result()[0] == "2"
+        assert router.get_status()["leaders"] == leaders
+
+    scenario(test, pace=FAST)
+
+
+def test_conversation_stays_where_its_kv_is_kept(monkeypatch):
+    """Across an update, in the mode trajectory: no other server can find it."""
+
+    async def test(router, servers):
+        name = (await arrive(router, "a"))["a"].result()[0]
+        router.release_server(name, "a")
+        busy(router, name, requests=1)
+        for server in servers.values():
+            server.update("run-2")
+        await asyncio.sleep(0.001)
+        assert (await arrive(router, "a", prompt=[*PROMPT, 9]))["a"].result()[0] == name
+
+    monkeypatch.setenv("KVSHARE_FRESHNESS", "trajectory")
+    scenario(test, pace=FAST)
 
 
 def test_server_that_says_nothing_holds_nobody_forever():
@@ -384,7 +485,7 @@ def test_server_that_failed_to_answer_is_heard_again(caplog):
     async def test(router, servers):
         servers["1"].fails = 3
         await arrive(router, "a")
-        assert router.get_status()["silent"] == [1]
+        assert router.get_status()["silent"] == ["1"]
         assert "1 does not report its policy" in caplog.text
         await asyncio.sleep(sum(RETRY[:3]) + 0.1)
         assert router.get_status()["silent"] == []
@@ -404,7 +505,7 @@ def test_only_a_silence_in_the_middle_of_requests_is_recorded(monkeypatch):
             server.fails = 1
             server.update("run-2")
         await asyncio.sleep(0.001)
-        assert recorded[-1] == [0, 1]
+        assert recorded[-1] == ["0", "1"]
         await asyncio.sleep(RETRY[0])
         router.release_server(name, "a")
         assert recorded[-1] == []
@@ -412,7 +513,7 @@ def test_only_a_silence_in_the_middle_of_requests_is_recorded(monkeypatch):
             server.fails = 1
             server.update("run-3")
         await asyncio.sleep(0.001)
-        assert router.get_status()["silent"] == [0, 1]
+        assert router.get_status()["silent"] == ["0", "1"]
         assert recorded[-1] == []
 
     scenario(test)

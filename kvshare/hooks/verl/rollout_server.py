@@ -39,6 +39,8 @@ check.parameters(vllm_async_server, "vLLMHttpServer.run_server", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.run_headless", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.collective_rpc", "method")
 check.parameters(vllm_async_server, "vLLMHttpServer.clear_kv_cache", "self")
+check.parameters(vllm_async_server, "vLLMHttpServer.abort_all_requests", "reset_prefix_cache", "reject_request")
+check.parameters(vllm_async_server, "vLLMHttpServer.open_submission_gate", "self")
 check.parameters(vllm_async_server, "vLLMHttpServer.set_global_steps", "global_steps")
 check.parameters(vllm_async_server, "vLLMHttpServer.abort_all_requests", "reset_prefix_cache", "reject_request")
 check.parameters(vllm_async_server, "vLLMHttpServer._get_worker_extension_cls", "self")
@@ -63,7 +65,7 @@ class KVShareServer(vLLMHttpServer):
         self._policy_changed = asyncio.Event()
         self._policy = ReplicaPolicy(self.run, freshness.of(os.environ).versions)
         self._stamps: dict[str, Stamp] = {}  # by request id, of the requests that generate
-        self._warned = False
+        self._warned = self._paused = False
         os.environ[worker_events.ADDRESS] = self._record.address  # the engine's processes inherit it
         super().__init__(replica_rank=replica_rank, node_rank=node_rank, gpus_per_node=gpus_per_node, **kwargs)
         if self.config.multi_turn.enable or self.config.agent.default_agent_loop != SINGLE_TURN:
@@ -156,16 +158,34 @@ class KVShareServer(vLLMHttpServer):
         self._policy.steps_set(global_steps)
         self._announce_policy()
 
+    async def abort_all_requests(self, reset_prefix_cache: bool = True, reject_request: bool = False) -> dict[str, Any]:
+        """verl pauses the replica, for an update or longer. Requests that come are not sent until it resumes."""
+        self._paused = True
+        self._announce_policy()
+        return await super().abort_all_requests(reset_prefix_cache, reject_request)
+
+    async def open_submission_gate(self) -> None:
+        await super().open_submission_gate()
+        self._paused = False
+        self._announce_policy()
+
+    @property
+    def _known_policy(self) -> str | None:
+        return None if self._paused else self._policy.known
+
     def _announce_policy(self) -> None:
         self._record.prefixes.give_up()
         changed, self._policy_changed = self._policy_changed, asyncio.Event()
         changed.set()
 
     async def wait_policy_change(self, known: str | None) -> tuple[str | None, Pace]:
-        """For the router: wait until the policy is not ``known``. Returns it (None during an update) and the pace."""
-        while self._policy.known == known:
+        """For the router: wait until the policy is not ``known``. Returns it and the pace.
+
+        It is None during an update, and while the replica is paused.
+        """
+        while self._known_policy == known:
             await self._policy_changed.wait()
-        return self._policy.known, self._record.rates.pace()
+        return self._known_policy, self._record.rates.pace()
 
     async def image_placeholders(self) -> list[int]:
         """For the router: token ids that stand for an image or a video in a prompt."""
@@ -235,7 +255,7 @@ class KVShareServer(vLLMHttpServer):
 
         False if the prefix will not be stored, if the policy has changed, or after ``seconds``.
         """
-        stored = policy == self._policy.known and await self._record.prefixes.wait((policy, prefix), seconds)
+        stored = policy == self._known_policy and await self._record.prefixes.wait((policy, prefix), seconds)
         return stored, self._record.rates.pace()
 
     def _get_worker_extension_cls(self) -> str:
