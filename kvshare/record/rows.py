@@ -10,13 +10,15 @@ from typing import Any
 import msgspec
 
 from kvshare.core.policy import is_private
-from kvshare.record.events import Event, Step
+from kvshare.record.events import Event, Request, Step
 from kvshare.record.stored import Hits
 from kvshare.record.token_sources import Count, Sharing
 
 STEP = "training/global_step"  # all of verl's trainers log it once a step; a validation lacks it
 PEARSON = "training/rollout_actor_probs_pearson_corr"
 DIFFERENCE = "training/rollout_probs_diff_max"
+SPANS = "training/off_policy/trajectory_spans/max"  # versions of the weights; of verl's default trainer
+BEHIND = "training/off_policy/trajectory_staleness_worst/max"
 MOST_ROWS = 200  # of a table, points of a plot: more cannot be told apart
 OPEN_POLICIES = 16  # whose keys are remembered: requests of older ones have ended
 
@@ -30,6 +32,8 @@ class Logged(msgspec.Struct):
     seconds: float | None = msgspec.field(name="timing_s/step", default=None)
     pearson: float | None = msgspec.field(name=PEARSON, default=None)
     probs_diff: float | None = msgspec.field(name=DIFFERENCE, default=None)
+    spans: float | None = msgspec.field(name=SPANS, default=None)
+    behind: float | None = msgspec.field(name=BEHIND, default=None)
 
 
 def mean(values: list[float]) -> float:
@@ -57,6 +61,7 @@ class Row:
     logged: list[Logged] = field(default_factory=list)
     sharing: Sharing = field(default_factory=Sharing)
     server: dict[str, int] | None = None  # status of kvshare server after the last step
+    policies: int = 0  # the most whose requests ended in one step
 
     def to_dict(self, replicas: int, prefill: float | None) -> dict[str, Any]:
         """Tokens, and seconds that were saved, are sums over the steps."""
@@ -68,8 +73,14 @@ class Row:
             "time_saved_seconds": self.sharing.count().time_saved(prefill),
             "replica": self.sharing.by_replica(replicas),
             "server": self.server,
+            "policies": self.policies,
             **{name: over(choose, self.logged, name) for name, choose in MERGED.items()},
         }
+
+
+def of_requests(events: Iterable[Event]) -> set[str]:
+    """The policies of the requests among events, without those that one replica or request has for itself."""
+    return {event.policy for event in events if isinstance(event, Request) and not is_private(event.policy)}
 
 
 class StepRows:
@@ -89,6 +100,7 @@ class StepRows:
             self._rows.setdefault(self._at(step.number), Row()).logged.append(step)
         self._ends = iter(ends)
         self._row = self._next()
+        self._policies: set[str] = set()
 
     def _at(self, step: float) -> int:
         return (int(step) - self._first) // self.size
@@ -103,10 +115,13 @@ class StepRows:
         if not isinstance(event, Step):
             if self._row:
                 self._row.sharing.add(event, hits)
+                self._policies |= of_requests([event])
             return
         before, self._row = self._row, self._next()
+        policies, self._policies = self._policies, set()
         if before:
             before.server = event.server
+            before.policies = max(before.policies, len(policies))
             if before is not self._row:
                 before.sharing.forget()
 

@@ -30,7 +30,7 @@ def summarize(
     Args:
         events: those of a run in order of time; iterated twice.
         steps: what verl logged of each step.
-        run: ``backend``, ``device`` and ``replicas``, written by preflight.
+        run: ``backend``, ``device``, ``replicas`` and ``standby``, written by preflight.
         baseline: like ``steps``, of a run without a connector; its mismatch is the noise floor.
             Without one the run's own first step is: there was no older policy to be stale of.
     """
@@ -50,7 +50,7 @@ def summarize(
     return {
         **run,
         "replicas": replicas,
-        "unseen": sorted(set(range(replicas)) - seen.replicas),
+        "unseen": sorted(set(range(run.get("standby", 0), replicas)) - seen.replicas),
         "lost": seen.lost,
         "steps": len(steps),
         "steps_a_row": rows.size,
@@ -73,6 +73,11 @@ def summarize(
             "probs_diff_max": over(max, steps, "probs_diff"),
             "probs_diff_floor": over(max, floor, "probs_diff"),
             "floor": "first step" if baseline is None else "baseline",
+        },
+        "versions_in_flight": {
+            "in_a_step": max((row.policies for row in rows), default=0),
+            "of_a_trajectory": over(max, steps, "spans"),
+            "behind": over(max, steps, "behind"),
         },
         "degraded": sorted(degraded),
         "late": sorted(seen.degraded - degraded),
@@ -161,6 +166,7 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         "LMCache": report["late"]
         and f"came up late in replica {', '.join(map(str, report['late']))}, which shared nothing until then",
         "freshness": _freshness(report),
+        "versions in flight": _versions(report["versions_in_flight"]),
         "stale hits": _stale(report["tokens"]),
         "prefill amplification": f"{report['prefill_amplification']} (1.0: each prefix computed once)",
         "hit rate": report["hit_rate"] is not None and f"{report['hit_rate']:.1%} of prompt tokens were not computed",
@@ -221,6 +227,17 @@ def _freshness(report: dict[str, Any]) -> str:
     return f"{mode}: tokens generated {by_versions} versions; {report['tokens']['kept_hit']:,} prompt tokens kept"
 
 
+def _versions(versions: dict[str, Any]) -> str:
+    """Nothing of a synchronous run, in which there is one at a time."""
+    parts = []
+    if versions["in_a_step"] > 1:
+        parts.append(f"requests of up to {versions['in_a_step']} ended in one step")
+    if (versions["of_a_trajectory"] or 1) > 1 or versions["behind"]:
+        spans, behind = versions["of_a_trajectory"], versions["behind"]
+        parts.append(f"a trajectory spans up to {spans:.0f} and begins up to {behind:.0f} behind the trainer (verl)")
+    return "; ".join(parts)
+
+
 def _stale(tokens: dict[str, int]) -> str:
     return f"{tokens['stale_hit']:,} by policy id, {tokens['stale_hit_by_weights']:,} by checksum of the weights"
 
@@ -244,6 +261,6 @@ def _routing(counts: dict[str, Any]) -> str:
         f"(by estimate that cost {counts['move_seconds']:.1f} s and saved {counts['saved_seconds']:.1f} s)",
         f"{counts['held']} waited ({counts['longest_wait']:.2f} s at most), {counts['gave_up']} gave up",
         "loading never pays here" if even is None else f"loading pays from {even} tokens" if even else "",
-        *(f"the router hears nothing of replica {rank}" for rank in counts["silent"]),
+        *(f"the router hears nothing of the replica at {address}" for address in counts["silent"]),
     ]
     return "; ".join(filter(None, parts))

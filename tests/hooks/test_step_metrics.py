@@ -59,6 +59,28 @@ def test_a_step_has_what_came_since_the_last(log, tmp_path, capsys):
     assert "144 computed, 0 local hit, 0 restored, 256 shared hit, 0 stale; time saved" in said
 
 
+def test_replicas_that_only_validate_are_not_missed(log, tmp_path, capsys):
+    """Nothing is heard of them without a connector: of hybrid ones, which have the first ranks, in separate_async."""
+    (tmp_path / "run.json").write_text('{"replicas": 3, "standby": 1}')
+    write(tmp_path, request(1, "p", 300))
+    log(**step(1))
+    assert "NOT SEEN: replica 2 " in capsys.readouterr().out
+    write(tmp_path, request(2, "p", 300))
+    log(**step(2))
+    assert "NOT SEEN" not in capsys.readouterr().out
+
+
+def test_versions_in_flight(log, tmp_path, capsys):
+    write(tmp_path, request(0, "p1", 300), request(0, "p2", 300), request(1, "private-1", 300))
+    log(**step(1))
+    write(tmp_path, request(0, "p2", 300))
+    log(**step(2))
+    assert [line["kvshare/policies"] for line in log.lines()] == [2, 1]
+    first, second = capsys.readouterr().out.split("kvshare step 2")
+    assert "0 stale; 2 versions in flight; " in first
+    assert "in flight" not in second
+
+
 def test_stale_tokens_are_loud(log, tmp_path, capsys):
     write(tmp_path, store(0, "p0", 1), load(1, "p1", 1), request(1, "p1", 300, cached=256))
     log(**step(1))

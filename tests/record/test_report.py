@@ -105,6 +105,25 @@ def test_kept_kv_is_not_stale_and_is_told():
     assert summary.facts(report)["freshness"] == said
 
 
+def test_versions_in_flight():
+    ends = [{"op": "step", "time": 2, "replica": "trainer", "step": number} for number in (1, 2)]
+    lines = [request(0, "p1", 300), request(1, "p2", 300), request(1, "private-1", 300), ends[0]]
+    lines += [request(0, "p2", 300), ends[1]]
+    metrics = [{rows.STEP: 1}, {rows.STEP: 2, rows.SPANS: 2, rows.BEHIND: 3}]
+    report = summarize(lines, metrics, RUN)
+    assert [row["policies"] for row in report["step"]] == [2, 1]
+    assert summary.facts(report)["versions in flight"] == (
+        "requests of up to 2 ended in one step; a trajectory spans up to 2 and begins up to 3 behind the trainer (verl)"
+    )
+    one_at_a_time = summarize([*lines[1:2], ends[0]], [{rows.STEP: 1, rows.SPANS: 1, rows.BEHIND: 0}], RUN)
+    assert "versions in flight" not in summary.facts(one_at_a_time)
+
+
+def test_replicas_that_only_validate_are_not_missed():
+    run = {**RUN, "backend": "no connector", "replicas": 3, "standby": 1}
+    assert summarize([request(1, "p", 300)], [], run)["unseen"] == [2]
+
+
 def test_kv_that_nobody_stored_is_unknown():
     assert tokens(load(1, "p", 7), request(1, "p", 300, cached=256))["unknown_hit"] == 256
 

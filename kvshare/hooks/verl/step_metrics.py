@@ -18,7 +18,7 @@ from kvshare.hooks.patch import optional, wrap
 from kvshare.record.event_log import RUN_DIR, EventLog
 from kvshare.record.event_reader import Reader
 from kvshare.record.key_table import RecentKeys
-from kvshare.record.rows import STEP
+from kvshare.record.rows import STEP, of_requests
 from kvshare.record.stored import Stored
 from kvshare.record.summary import Seen, not_seen, were_lost
 from kvshare.record.token_sources import SOURCES, Sharing, with_hits
@@ -95,9 +95,11 @@ class Steps:
         metrics |= {
             f"freshness_{freshness.of(os.environ).mode}": 1,
             "replicas_seen": len(seen.replicas),
+            "policies": len(of_requests(events)),
             "lost_events": seen.lost - lost,
         }
-        unseen = [rank for rank in range(self._run.get("replicas", 0)) if rank not in seen.replicas]
+        ranks = range(self._run.get("standby", 0), self._run.get("replicas", 0))
+        unseen = [rank for rank in ranks if rank not in seen.replicas]
         return {f"kvshare/{name}": value for name, value in metrics.items()}, describe(number, metrics, unseen)
 
 
@@ -112,6 +114,7 @@ def describe(step: int, metrics: dict[str, float], unseen: list[int]) -> str:
         f"{shown['local_hit']} local hit, {shown['restored_hit']} restored, "
         f"{shown['shared_hit']} shared hit{unknown}, "
         + (f"STALE: {stale:,}; " if stale else "0 stale; ")
+        + (f"{policies:.0f} versions in flight; " if (policies := metrics["policies"]) > 1 else "")
         + (f"{saved:.2f} s saved" if saved is not None else "time saved not known yet")
         + (f"; {not_seen(unseen)}" if unseen else "")
         + (f"; {were_lost(lost)}" if (lost := int(metrics["lost_events"])) else "")
