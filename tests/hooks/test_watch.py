@@ -30,6 +30,10 @@ class Server:
         return ray.get(self.owned.pid.remote())
 
 @ray.remote(num_cpus=0)
+class FullyAsyncRollouter(Server.__ray_metadata__.modified_class):
+    pass
+
+@ray.remote(num_cpus=0)
 class TaskRunner:
     def run(self, dies):
         server = Server.options(name="vllm_server_0_0").remote()
@@ -38,6 +42,9 @@ class TaskRunner:
             os.kill(pid, 9)
         elif dies == "engine":
             ray.get(server.report.remote())
+        elif dies == "actor of verl's rollouter":
+            rollouter = FullyAsyncRollouter.remote()
+            os.kill(ray.get(rollouter.of_a_user.remote()), 9)
         else:
             os.kill(ray.get(server.of_a_user.remote()), 9)
             ray.kill(server)
@@ -53,6 +60,10 @@ ray.get(TaskRunner.remote().run.remote(sys.argv[1]))
     ("dies", "says"),
     [
         ("actor", "Server vllm_server_0_0 (pid {pid} on {ip}) has ended: Worker unexpectedly exits with a connection"),
+        (
+            "actor of verl's rollouter",
+            "Server (pid {pid} on {ip}) has ended: Worker unexpectedly exits with a connection",
+        ),
         ("engine", "vLLM's engine of replica 1 (pid {pid} on {ip}) has ended: EngineCore with signal 9; read its log"),
         ("nothing that verl needs", ""),
     ],

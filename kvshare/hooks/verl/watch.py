@@ -131,19 +131,26 @@ def report_engine(engine: str, ended: Mapping[str, int]) -> None:
     internal_kv._internal_kv_put(key, json.dumps(death), namespace=NAMESPACE)
 
 
+OWNERS = ("FullyAsyncTrainer", "FullyAsyncRollouter")
+"""Actors of verl's fully async trainer that own the workers and rollout servers; of other trainers TaskRunner does."""
+
+
 def _of_verl(actors: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The actors that verl's driver and its TaskRunner own. Others are a user's, who may expect that they die."""
+    """The actors that verl's driver, TaskRunner and OWNERS own. Others are a user's, who may expect that they die."""
     places = [actor["Address"] for actor in actors]
     runners = [actor for actor in actors if actor["OwnerAddress"] not in places]  # owned by the driver
-    owners = [runner["Address"] for runner in runners]
+    owners = [actor["Address"] for actor in actors if actor in runners or _kind(actor) in OWNERS]
     return runners + [actor for actor in actors if actor["OwnerAddress"] in owners]
+
+
+def _kind(actor: dict[str, Any]) -> str:
+    return actor["ActorClassName"].rpartition(".")[2]  # without "function.<locals>."
 
 
 def _death(actor: dict[str, Any]) -> Death | None:
     if actor["State"] != "DEAD" or (why := _why(actor["DeathCause"])) is None:
         return None
-    kind = actor["ActorClassName"].rpartition(".")[2]  # without "function.<locals>."
-    name = " ".join(filter(None, [kind, actor["Name"]]))
+    name = " ".join(filter(None, [_kind(actor), actor["Name"]]))
     return Death(actor["EndTime"], name, actor["Pid"], actor["Address"]["IPAddress"], why)
 
 
