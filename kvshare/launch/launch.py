@@ -17,7 +17,12 @@ from kvshare.services.backends import BACKENDS, place
 from kvshare.services.health import wait_healthy
 from kvshare.services.processes import Processes
 
-MAIN = "verl.trainer.main_ppo"
+MAINS = (
+    "verl.trainer.main_ppo",
+    "verl.experimental.fully_async_policy.fully_async_main",
+    "verl.experimental.one_step_off_policy.main_ppo",
+)
+"""verl's mains. The launchers run the first."""
 MARK = "KVSHARE_LAUNCH"
 LOOPBACK = "127.0.0.1"
 
@@ -28,18 +33,19 @@ class Launch:
     Args:
         backend: key of BACKENDS.
         device: cuda, npu or cpu.
-        command: ``python3 -m verl.trainer.main_ppo`` and its arguments.
+        command: ``python3 -m``, one of MAINS, and its arguments.
         caller: environment of the launcher.
 
     Raises:
-        UserError: the command does not run verl's trainer.
+        UserError: the command runs none of verl's trainers.
     """
 
     def __init__(self, backend: str, device: str, command: list[str], caller: Mapping[str, str]) -> None:
-        if MAIN not in command or "--config-dir" not in command[:-1]:
-            raise UserError(f"give after --: python3 -m {MAIN} --config-dir … --config-name … and overrides")
+        main = next((main for main in MAINS if main in command), None)
+        if main is None or "--config-dir" not in command[:-1]:
+            raise UserError(f"give after --: python3 -m {MAINS[0]} --config-dir … --config-name … and overrides")
         self.backend, self.device = backend, device
-        at = command.index(MAIN) + 1
+        at = command.index(main) + 1
         self._verl, self._arguments = command[:at], command[at:]
         root = Path(command[command.index("--config-dir") + 1]).absolute().parent
         named = caller.get(RUN_DIR) or root / "outputs" / f"{backend}-{time.strftime('%Y%m%d-%H%M%S')}"
