@@ -4,8 +4,8 @@ BIN := .venv/bin
 UV := .venv-uv/bin/uv
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
 
-.PHONY: demo demo-p2p demo-mp demo-tools tiny-model install test test-npu test-gpu-install test-gpu-file freshness routing faults \
-  soak p2p bench forecast verify wheel lint lock clean
+.PHONY: demo demo-p2p demo-mp demo-tools tiny-model install test test-npu test-gpu-install test-gpu-file freshness async \
+  routing faults soak p2p bench forecast verify wheel lint lock clean
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -47,6 +47,10 @@ freshness: .venv/dev
 	$(BIN)/pytest -s tests/long/freshness.py
 	$(BIN)/pytest -s -m slow tests/launch/test_training.py tests/hooks/test_live_engines.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_freshness.py tests/launch/test_training.py
+
+# verl's async trainers: six runs of six updates (docs/async.md), about 25 minutes.
+async: .venv/dev
+	$(BIN)/pytest -s tests/long/async_trainers.py
 
 # verl's routing compared with kvshare's under verl, and the simulated tables of docs/routing.md.
 routing: .venv/dev

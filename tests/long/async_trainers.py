@@ -1,0 +1,131 @@
+"""verl's async trainers on CPU (`make async`): requests run across weight updates, and replicas differ in version.
+
+Six updates, two replicas, the same prompts in every step, answers so long that each update aborts some of them.
+"""
+
+import json
+from collections import Counter
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from kvshare.core.policy import is_private
+from kvshare.record import event_reader, events
+from kvshare.tools.demo import Demo
+
+STEPS = 6
+STALE = ("stale_hit", "stale_hit_by_weights")
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+NO_CONNECTOR = "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_transfer_config=null"
+LONG = (  # generation goes on while the actor trains. Such answers earn nothing, so entropy moves the weights
+    *(f"trainer.total_training_steps={STEPS}", "trainer.total_epochs=20", "data.max_response_length=192"),
+    *("actor_rollout_ref.rollout.ignore_eos=true", "actor_rollout_ref.actor.entropy_coeff=0.01"),
+    *("actor_rollout_ref.rollout.max_num_seqs=2", "data.max_prompt_length=1152"),
+)
+COLOCATE = (*LONG, "trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.actor.ppo_mini_batch_size=4")
+SEPARATE = (*LONG, "+async=separate_cpu")
+ONE_BY_ONE = "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=one_by_one"
+
+ARMS = {  # overrides, devices that train, and variables
+    "colocate_async, no connector": ((*COLOCATE, NO_CONNECTOR), 2, {}),
+    "colocate_async": (COLOCATE, 2, {}),
+    "separate_async, no connector": ((*SEPARATE, NO_CONNECTOR), 1, {}),
+    "separate_async": (SEPARATE, 1, {}),
+    "separate_async, trajectory": (SEPARATE, 1, {"KVSHARE_FRESHNESS": "trajectory", "KVSHARE_MAX_VERSIONS": "8"}),
+    "separate_async, one replica lags": ((*SEPARATE, ONE_BY_ONE), 1, {"PYTHONPATH": str(SUPPORT)}),
+}
+SHARING = [arm for arm in ARMS if "no connector" not in arm]
+
+
+@pytest.fixture(scope="session")
+def arms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("async")
+    results = {}
+    for name, (overrides, devices, variables) in ARMS.items():
+        run = folder / name.replace(", ", "-").replace(" ", "_")
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("N_DEVICES", str(devices))
+            for variable, value in variables.items():
+                environment.setenv(variable, value, prepend=":" if variable == "PYTHONPATH" else None)
+            results[name] = {**Demo(run, list(overrides)).run(), "again": again(run), "apart": apart(run)}
+    _print(folder, results)
+    return results
+
+
+def requests(run):
+    return [event for event in event_reader.Reader(run).read() if isinstance(event, events.Request)]
+
+
+def again(run) -> dict[str, int]:
+    """Of the requests that go on after an abort: their number, and tokens that they had and that were computed again.
+
+    Their prompt is longer than that of any first request, by what was generated before.
+    """
+    found = Counter(request.prompt for request in requests(run))
+    first = {prompt for prompt, count in found.items() if count >= STEPS}  # each prompt is sampled in every step
+    later = [request for request in requests(run) if request.prompt not in first]
+    return {"requests": len(later), "tokens": sum(request.prompt - request.cached for request in later)}
+
+
+def apart(run) -> int:
+    """How often a request ended at an older version than one before it: on another replica, which lags."""
+    versions = [int(r.policy.rpartition("-")[2]) for r in requests(run) if not is_private(r.policy)]
+    return sum(version < newest for version, newest in zip(versions, accumulate(versions, max), strict=True))
+
+
+def _print(folder, results):
+    table = Table(title=f"{STEPS} updates, 2 replicas, 4 prompts")
+    columns = ("trainer", "correlation, lowest", "probability difference", "shared hit", "stale, by id", "by weights")
+    for column in (*columns, "continued", "computed again", "kept", "versions", "spans"):
+        table.add_column(column)
+    for name, run in results.items():
+        tokens, flight = run["tokens"], run["versions_in_flight"]
+        cells = [f"{run['mismatch']['pearson_min']:.6f}", f"{run['mismatch']['probs_diff_max']:.1e}"]
+        cells += [f"{tokens[key]:,}" for key in ("shared_hit", *STALE)]
+        cells += [f"{run['again']['requests']:,}", f"{run['again']['tokens']:,}", f"{tokens['kept_hit']:,}"]
+        table.add_row(name, *cells, str(flight["in_a_step"]), str(flight["of_a_trajectory"]))
+    Console(width=160).print("\n", table)
+    (folder / "async.json").write_text(json.dumps(results, indent=2))
+
+
+@pytest.mark.parametrize("arm", SHARING)
+def test_shared_and_never_stale(arms, arm):
+    run = arms[arm]
+    assert run["steps"] == STEPS
+    assert [run["tokens"][count] for count in STALE] == [0, 0]
+    assert all(replica["shared_hit"] for replica in run["replica"])
+    assert (run["unseen"], run["degraded"], run["lost"]) == ([], [], 0)
+
+
+@pytest.mark.parametrize("arm", SHARING)
+def test_mismatch_is_that_of_the_trainer(arms, arm):
+    """Trajectories of several versions differ from the actor's probabilities by themselves."""
+    alone = arms[f"{arm.split(',')[0]}, no connector"]
+    assert 1 - arms[arm]["mismatch"]["pearson_min"] <= 3 * (1 - alone["mismatch"]["pearson_min"]) + 1e-6
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_requests_go_on_across_updates(arms, arm):
+    """So the arms show what they are for."""
+    assert arms[arm]["again"]["requests"] > STEPS
+    assert arms[arm]["versions_in_flight"]["of_a_trajectory"] > 1
+
+
+def test_replicas_were_at_different_versions(arms):
+    assert arms["separate_async, one replica lags"]["apart"] > 0
+    assert arms["separate_async"]["apart"] == 0
+
+
+def test_trajectories_keep_their_kv(arms):
+    strict, trajectory = arms["separate_async"], arms["separate_async, trajectory"]
+    assert strict["tokens"]["kept_hit"] == 0 < trajectory["tokens"]["kept_hit"]
+    each = [run["again"]["tokens"] / run["again"]["requests"] for run in (strict, trajectory)]
+    assert each[1] < each[0]
+
+
+def test_baseline_misses_nobody(arms):
+    for arm in ARMS.keys() - SHARING:
+        assert arms[arm]["unseen"] == []
