@@ -6,7 +6,6 @@ module, which verl imports in every process that sends or receives weights. All 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 from uuid import uuid4
@@ -34,7 +33,7 @@ class ZmqCheckpointEngine(CheckpointEngine):
     def prepare(self) -> str:  # type: ignore[override]
         """Listen. Returns the address."""
         self._listening = self._context.socket(zmq.PULL)
-        address = f"ipc://{tempfile.gettempdir()}/kvshare-weights-{uuid4().hex}.sock"
+        address = f"ipc://@kvshare-weights-{uuid4().hex}"  # not a file
         self._listening.bind(address)
         return address
 
@@ -64,7 +63,7 @@ class ZmqCheckpointEngine(CheckpointEngine):
     async def send_weights(self, weights: Iterable[tuple[str, Any]], global_steps: int | None = None) -> None:
         for name, weight in weights:  # on all ranks: each weight is gathered from them
             for receiver in self._receivers:
-                receiver.send_pyobj((name, weight.clone()))  # pickle takes a tensor's whole storage with it
+                receiver.send_pyobj((name, weight))
         for receiver in self._receivers:
             receiver.send_pyobj(ALL_SENT)
 
