@@ -26,7 +26,7 @@ class ZmqCheckpointEngine(CheckpointEngine):
     """
 
     def __init__(self, bucket_size: int, is_master: bool = False) -> None:
-        self._context = zmq.Context.instance()
+        self._context: zmq.Context = zmq.Context.instance()
         self._listening: zmq.Socket | None = None
         self._receivers: list[zmq.Socket] = []
 

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -50,7 +51,8 @@ def mode(job: Job) -> Iterator[str]:
 def trainer(job: Job) -> Iterator[str]:
     """Let verl make its trainer, whose constructor checks the config. It starts nothing yet."""
     name = job.facts["trainer"] = kind(job)
-    config, asserted = job.config, []
+    config = job.config
+    asserted: list[tuple[Any, str, str, Any]] = []
     if name in OWN_MAINS:  # their trainers are Ray actors, which need a cluster
         # Their mains do this first.
         job.rollout.nnodes, job.rollout.n_gpus_per_node = config.rollout.nnodes, config.rollout.n_gpus_per_node
