@@ -45,7 +45,9 @@ def multi_turn(data, model) -> list[str]:
 def separate(data, model) -> list[str]:
     return [
         *(*grpo(data, model), "trainer.n_gpus_per_node=2", "trainer.v1.trainer_mode=separate_async"),
-        *(f"{ROLLOUT}.nnodes=1", f"{ROLLOUT}.n_gpus_per_node=6", f"{ROLLOUT}.checkpoint_engine.backend=nccl"),
+        *(f"{ROLLOUT}.nnodes=1", f"{ROLLOUT}.n_gpus_per_node=6", "trainer.v1.separate_async.parameter_sync_step=1"),
+        f"{ROLLOUT}.checkpoint_engine.backend=zmq",
+        f"{ROLLOUT}.checkpoint_engine.custom_backend_module=kvshare.hooks.verl.cpu_checkpoint_engine",
     ]
 
 
@@ -61,7 +63,7 @@ def with_keys_of_their_own(data, model) -> list[str]:
 JOBS = {
     grpo: "4 replicas of 2 cpu",
     multi_turn: "4 replicas of 2 cpu",
-    separate: "4 replicas of 2 cpu (1 hybrid, 3 standalone)",
+    separate: "4 replicas of 2 cpu (1 hybrid for validation only, 3 standalone)",
     with_keys_of_their_own: "4 replicas of 2 cpu",
 }
 
