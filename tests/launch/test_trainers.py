@@ -206,6 +206,12 @@ def test_verls_staleness_and_ours_agree(checked, environment, given, versions, w
     assert words in said[0]
 
 
+@pytest.mark.parametrize(("given", "known"), [(COLOCATE, True), (separate(), True), (own_main("one_step_off"), False)])
+def test_trainers_that_have_not_run_with_kvshare(checked, given, known):
+    made, _ = checked(*given, until="verl's objects")
+    assert (list(trainer.untried(made)) == []) == known
+
+
 def test_step_of_fully_async_is_what_it_trains_on_between_two_weight_updates(checked):
     given = ("async_training.require_batches=2", "async_training.trigger_parameter_sync_step=2")
     made, wrong = checked(*fully(*given))

@@ -150,8 +150,8 @@ def staleness(job: Job) -> Iterator[str]:
         return
     if most == 1:
         yield (
-            f"{freshness.MODE}={mode} changes nothing with verl's {kind(job)} trainer: no request goes on across a "
-            "weight update: unset it"
+            f"{freshness.MODE}={mode} changes nothing with verl's {kind(job)} trainer: it trains on no request that "
+            "goes on across a weight update: unset it"
         )
     elif most is not None and versions > most:
         yield (
