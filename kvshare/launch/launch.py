@@ -17,12 +17,7 @@ from kvshare.services.backends import BACKENDS, place
 from kvshare.services.health import wait_healthy
 from kvshare.services.processes import Processes
 
-MAINS = (
-    "verl.trainer.main_ppo",
-    "verl.experimental.fully_async_policy.fully_async_main",
-    "verl.experimental.one_step_off_policy.main_ppo",
-)
-"""verl's mains. The launchers run the first."""
+MAIN = "verl.trainer.main_ppo"
 MARK = "KVSHARE_LAUNCH"
 LOOPBACK = "127.0.0.1"
 
@@ -33,19 +28,21 @@ class Launch:
     Args:
         backend: key of BACKENDS.
         device: cuda, npu or cpu.
-        command: ``python3 -m``, one of MAINS, and its arguments.
+        command: ``python3 -m verl.trainer.main_ppo`` and its arguments.
         caller: environment of the launcher.
 
     Raises:
-        UserError: the command runs none of verl's trainers.
+        UserError: the command does not run verl's trainer.
     """
 
     def __init__(self, backend: str, device: str, command: list[str], caller: Mapping[str, str]) -> None:
-        main = next((main for main in MAINS if main in command), None)
-        if main is None or "--config-dir" not in command[:-1]:
-            raise UserError(f"give after --: python3 -m {MAINS[0]} --config-dir … --config-name … and overrides")
+        if MAIN not in command or "--config-dir" not in command[:-1]:
+            raise UserError(
+                f"give after --: python3 -m {MAIN} --config-dir … --config-name … and overrides (for verl's other mains: "
+                "docs/async.md)"
+            )
         self.backend, self.device = backend, device
-        at = command.index(main) + 1
+        at = command.index(MAIN) + 1
         self._verl, self._arguments = command[:at], command[at:]
         root = Path(command[command.index("--config-dir") + 1]).absolute().parent
         named = caller.get(RUN_DIR) or root / "outputs" / f"{backend}-{time.strftime('%Y%m%d-%H%M%S')}"
