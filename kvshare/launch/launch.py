@@ -38,8 +38,8 @@ class Launch:
     def __init__(self, backend: str, device: str, command: list[str], caller: Mapping[str, str]) -> None:
         if MAIN not in command or "--config-dir" not in command[:-1]:
             raise UserError(
-                f"give after --: python3 -m {MAIN} --config-dir … --config-name … and overrides (for verl's other mains: "
-                "docs/async.md)"
+                f"give after --: python3 -m {MAIN} --config-dir … --config-name … and overrides "
+                "(verl's other mains: docs/async.md)"
             )
         self.backend, self.device = backend, device
         at = command.index(MAIN) + 1

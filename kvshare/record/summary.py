@@ -234,7 +234,7 @@ def _versions(versions: dict[str, Any]) -> str:
         parts.append(f"requests of up to {versions['in_a_step']} ended in one step")
     if (versions["of_a_trajectory"] or 1) > 1 or versions["behind"]:
         spans, behind = versions["of_a_trajectory"], versions["behind"]
-        parts.append(f"a trajectory spans up to {spans:.0f} and begins up to {behind:.0f} behind the trainer (verl)")
+        parts.append(f"trajectories span up to {spans:.0f} and begin up to {behind:.0f} before the trainer's (verl)")
     return "; ".join(parts)
 
 

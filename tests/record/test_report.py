@@ -113,7 +113,7 @@ def test_versions_in_flight():
     report = summarize(lines, metrics, RUN)
     assert [row["policies"] for row in report["step"]] == [2, 1]
     assert summary.facts(report)["versions in flight"] == (
-        "requests of up to 2 ended in one step; a trajectory spans up to 2 and begins up to 3 behind the trainer (verl)"
+        "requests of up to 2 ended in one step; trajectories span up to 2 and begin up to 3 before the trainer's (verl)"
     )
     one_at_a_time = summarize([*lines[1:2], ends[0]], [{rows.STEP: 1, rows.SPANS: 1, rows.BEHIND: 0}], RUN)
     assert "versions in flight" not in summary.facts(one_at_a_time)
