@@ -8,7 +8,7 @@ import pytest
 from jobs import CONNECTOR, MP, P2P
 
 from kvshare.core import p2p_replica
-from kvshare.launch import preflight
+from kvshare.launch import launchers, preflight
 from kvshare.launch.preflight import trainer
 from kvshare.services.backends import p2p
 
@@ -135,6 +135,23 @@ def test_forecast_and_memory(checked, backend):
     assert memory.startswith({"mp": "5 GiB a host (lmcache server)"}.get(backend, "40 GiB a node (8 workers, 5 each)"))
     described = preflight.describe(made)
     assert (described["replicas"], described["standby"], described["trainer"]) == (8, 2, "separate_async")
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "recipe", "training", "row"),
+    [
+        ("mp", "cuda", "separate", 2, "6 replicas of 1 cuda (6 standalone)"),
+        ("remote", "cpu", "separate_cpu", 1, "2 replicas of 1 cpu (2 standalone)"),
+    ],
+)
+def test_launchers_take_our_recipes(environment, backend, device, recipe, training, row):
+    _, given = launchers.read(backend, device, {"N_DEVICES": str(training)})
+    made = preflight.Job(backend, device, [*given, f"+async={recipe}"])
+    checks = [check for stage in list(preflight.STAGES.values())[1:4] for check in stage]
+    assert [line for check in checks if check is not preflight.recipe.model for line in check(made)] == []
+    assert made.facts["replicas"] == row
+    if device == "cpu":
+        assert made.config.ray_kwargs.ray_init.num_gpus == training + made.replicas
 
 
 @pytest.mark.parametrize(("given", "words"), REFUSED, ids=[words for _, words in REFUSED])
