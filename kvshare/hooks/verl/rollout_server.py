@@ -39,7 +39,6 @@ check.parameters(vllm_async_server, "vLLMHttpServer.run_server", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.run_headless", "args")
 check.parameters(vllm_async_server, "vLLMHttpServer.collective_rpc", "method")
 check.parameters(vllm_async_server, "vLLMHttpServer.clear_kv_cache", "self")
-check.parameters(vllm_async_server, "vLLMHttpServer.abort_all_requests", "reset_prefix_cache", "reject_request")
 check.parameters(vllm_async_server, "vLLMHttpServer.open_submission_gate", "self")
 check.parameters(vllm_async_server, "vLLMHttpServer.set_global_steps", "global_steps")
 check.parameters(vllm_async_server, "vLLMHttpServer.abort_all_requests", "reset_prefix_cache", "reject_request")
@@ -149,6 +148,8 @@ class KVShareServer(vLLMHttpServer):
         verl rejects late requests when the replica leaves the rotation: others go on with what was aborted, under the
         same policy. Otherwise it aborts before an update, after which KV counts only if conversations may keep it.
         """
+        self._paused = True  # requests that come are not sent until verl resumes the replica
+        self._announce_policy()
         if self.node_rank == 0 and not reject_request and freshness.of(os.environ).mode == freshness.STRICT:
             await self.engine.reset_prefix_cache(reset_connector=True)  # running requests store nothing after it
         return await super().abort_all_requests(reset_prefix_cache, reject_request)
@@ -157,12 +158,6 @@ class KVShareServer(vLLMHttpServer):
         await super().set_global_steps(global_steps)
         self._policy.steps_set(global_steps)
         self._announce_policy()
-
-    async def abort_all_requests(self, reset_prefix_cache: bool = True, reject_request: bool = False) -> dict[str, Any]:
-        """verl pauses the replica, for an update or longer. Requests that come are not sent until it resumes."""
-        self._paused = True
-        self._announce_policy()
-        return await super().abort_all_requests(reset_prefix_cache, reject_request)
 
     async def open_submission_gate(self) -> None:
         await super().open_submission_gate()
