@@ -57,6 +57,7 @@ class Engine:
         options: tuple[str, ...] = (),
     ) -> None:
         self.events: list[dict[str, Any]] = []
+        self.followers: list[Callable[[dict[str, Any]], None]] = []  # called with each event
         self._marks: set[str] = set()
         self._rank = rank
         address = f"ipc://{log}.events" if inside else f"ipc://@kvshare-test-{uuid4().hex}"  # @ is of one namespace
@@ -69,7 +70,7 @@ class Engine:
         command += ["--served-model-name", "tiny", "--host", host, "--port", str(port), "--dtype", "float32"]
         command += ["--max-model-len", "4096", "--enforce-eager", "--enable-prompt-tokens-details", *options]
         command += ["--enable-server-load-tracking"]
-        command += ["--worker-extension-cls", "worker.Marks"]
+        command += ["--worker-extension-cls", "worker.Probe"]
         if connector:
             transfer = {"kv_connector": connector, "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
             command += ["--kv-transfer-config", json.dumps(transfer)]
@@ -113,6 +114,7 @@ class Engine:
         stamp: str | None = None,
         tokens: int = 8,
         configs: dict[str, str] | None = None,
+        request: str | None = None,
         **more: Any,
     ) -> Answer:
         """Returns when all events of the request are in ``events``, and its stores have ended.
@@ -121,9 +123,10 @@ class Engine:
             prompt: token ids.
             stamp: policy id, given to LMCache and vLLM as the rollout server does it.
             configs: more request configs for LMCache.
+            request: its id in the events; None: a new one.
             more: of the request's body.
         """
-        request = uuid4().hex
+        request = request or uuid4().hex
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
         body |= {"ignore_eos": True, "return_tokens_as_token_ids": True}
         params = {worker_events.REQUEST: request, **(configs or {})}
@@ -188,6 +191,10 @@ class Engine:
         """Bytes in LMCache's local CPU tier."""
         return vllm_http.metrics(vllm_http.get(f"{self._worker}/metrics")).get("lmcache:local_cache_usage", 0)
 
+    def kept(self) -> dict[str, int]:
+        """What its connector keeps for requests (worker.py)."""
+        return self._rpc("kept")["results"][0]
+
     def kill(self) -> None:
         self._processes.kill(self.process)
 
@@ -199,11 +206,13 @@ class Engine:
             if event["op"] == "mark":
                 self._marks.add(event["name"])
                 continue
+            for follow in self.followers:
+                follow(event)
             self.events.append({**event, "time": time.time(), "replica": self._rank})
 
-    def _rpc(self, method: str, **kwargs: str) -> None:
+    def _rpc(self, method: str, **kwargs: str) -> Any:
         """Call a method of the worker, after all that it was asked before."""
-        self._post("/collective_rpc", {"method": method, "kwargs": kwargs})
+        return self._post("/collective_rpc", {"method": method, "kwargs": kwargs})
 
     def _post(self, path: str, body: dict) -> Any:
         return vllm_http.post(self.url + path, body)

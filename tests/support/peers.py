@@ -49,7 +49,7 @@ class Peer:
         address = f"ipc://@kvshare-peer-{uuid4().hex}"
         command = [sys.executable, str(Path(__file__).with_name("peer.py")), address]
         settings = {"PYTHONHASHSEED": "0", "LMCACHE_MAX_LOCAL_CPU_SIZE": "0.05"}  # pages are soon used again
-        self._process = processes.start(command, log, settings | environment(controller, rank) | more)
+        self.process = processes.start(command, log, settings | environment(controller, rank) | more)
         self._processes, self.log = processes, log
         self._socket = zmq.Context.instance().socket(zmq.REQ)
         self._socket.connect(address)
@@ -62,13 +62,13 @@ class Peer:
         return self._ask("load", number)
 
     def kill(self):
-        self._processes.kill(self._process)
+        self._processes.kill(self.process)
 
     def stop(self):
-        self._process.send_signal(signal.SIGSTOP)
+        self.process.send_signal(signal.SIGSTOP)
 
     def resume(self):
-        self._process.send_signal(signal.SIGCONT)
+        self.process.send_signal(signal.SIGCONT)
 
     def used(self):
         """Bytes of LMCache's local memory that are not free."""
@@ -77,5 +77,5 @@ class Peer:
     def _ask(self, command, number):
         self._socket.send_json([command, number])
         while not self._socket.poll(500):
-            assert self._process.poll() is None, self.log.read_text()[-3000:]
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
         return self._socket.recv_json()
