@@ -97,18 +97,18 @@ def test_soak(engine, start_engine, backend, weights, disk):
 
     with ThreadPoolExecutor(TOGETHER) as pool:
         for at in range(ROUNDS):
-            numbers = [rng.randrange(PROMPTS) for _ in range(EACH)]
+            asked = [rng.randrange(PROMPTS) for _ in range(EACH)]
             third = EACH // 3
-            list(pool.map(ask, numbers[:third]))
+            list(pool.map(ask, asked[:third]))
             end = next(faults)()
-            list(pool.map(ask, numbers[third : 2 * third]))
+            list(pool.map(ask, asked[third : 2 * third]))
             end()
             for _ in range(UPDATES * (at + 1) // ROUNDS - UPDATES * at // ROUNDS):
                 update = next(updates)
                 version, stamp = update % 2, f"soak-{update}"
                 engine.load(folders[version])
                 assert engine.reset()
-            list(pool.map(ask, numbers[2 * third :]))
+            list(pool.map(ask, asked[2 * third :]))
             assert engine.reset(connector=False)  # what is asked again comes from the server
             until(lambda: not recorder.queued())
             loaded += engine.hits(0)

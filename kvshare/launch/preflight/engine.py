@@ -31,14 +31,17 @@ ROLES = {
 def engine(job: Job) -> Iterator[str]:
     """Let verl's rollout server make vLLM's arguments, and vLLM parse them."""
     from verl.utils.config import omega_conf_to_dataclass
-    from vllm.config import CacheConfig
+    from vllm.config import CacheConfig, LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             job.model = omega_conf_to_dataclass(job.config.actor_rollout_ref.model)
             job.engine = parsed_by_vllm(job)
-            CacheConfig(gpu_memory_utilization=job.engine.gpu_memory_utilization)
+            block = {} if job.engine.block_size is None else {"block_size": job.engine.block_size}
+            CacheConfig(gpu_memory_utilization=job.engine.gpu_memory_utilization, **block)
+            get_model_loader(LoadConfig(load_format=job.engine.load_format))
     except SystemExit:  # from argparse, which has written why
         yield f"vLLM refuses what verl gives it: {_reason(said.getvalue())}: correct rollout.engine_kwargs.vllm"
         return

@@ -143,6 +143,10 @@ def _rows(job: Job, key: str, file: str) -> Iterator[str]:
             yield f"data.{key}: {file} has no column {job.config.data.prompt_key}: make it with kvshare prepare"
 
 
+CALLED = ("acquire_server", "release_server", "require_acquire_fields", "require_release_fields")
+"""Methods of a router that verl's LLMServerClient calls."""
+
+
 def router(job: Job) -> Iterator[str]:
     """Load the router as verl will, and check the settings of kvshare's own."""
     path = job.rollout.router_config_path
@@ -159,6 +163,8 @@ def router(job: Job) -> Iterator[str]:
         return
     if not callable(found):
         yield f"{path}: router_class {settings['router_class']} is not a class: correct it"
+    elif lacks := [name for name in CALLED if not hasattr(found, name)]:
+        yield f"{path}: router_class {settings['router_class']} has no {lacks[0]}, which verl calls: correct it"
     if getattr(found, "__module__", "").startswith("kvshare."):
         yield from (f"{path}: {line}" for line in router_mistakes(settings, found.__module__))
     if job.rollout.full_determinism and not settings.get("full_determinism"):

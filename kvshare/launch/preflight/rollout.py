@@ -47,22 +47,28 @@ def verl(job: Job) -> Iterator[str]:
         yield f"verl refuses the config: {one_line(error)}: correct it"
 
 
-COUNTS = (
-    *("actor_rollout_ref.rollout.n", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
-    *("actor_rollout_ref.rollout.data_parallel_size", "data.max_prompt_length", "data.max_response_length"),
-)
+LEAST = {
+    "actor_rollout_ref.rollout.n": 1,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    "actor_rollout_ref.rollout.data_parallel_size": 1,
+    "data.max_prompt_length": 1,
+    "data.max_response_length": 1,
+    "data.train_batch_size": 0,  # of the fully async trainer
+}
 
 
 def numbers(job: Job) -> Iterator[str]:
     """Check the numbers that verl and the later checks calculate with: verl does not, and then fails anywhere."""
-    for key in COUNTS:
+    for key, least in LEAST.items():
         value = OmegaConf.select(job.config, key)
-        if not isinstance(value, int) or value < 1:
-            yield f"{key} is {value!r}, must be an integer of at least 1: correct it"
+        if not isinstance(value, int) or value < least:
+            yield f"{key} is {value!r}, must be an integer of at least {least}: correct it"
 
 
 def _unread(engine_kwargs: Any) -> Iterator[str]:
-    """Each key that verl does not read: one that is not the name of a rollout engine."""
+    """Each key that verl does not read, because it is not the name of a rollout engine."""
+    if engine_kwargs is None:
+        yield "rollout.engine_kwargs is null, verl's server then fails: remove it"
     for name in engine_kwargs or {}:
         if name not in ENGINES:
             yield f"rollout.engine_kwargs has no {name}{near(name, ENGINES)}, verl ignores it: correct it"
