@@ -28,6 +28,12 @@ MIB = 2**20
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # scheduler and worker, as by default on a GPU
 
 
+def own_memory(process):
+    """Bytes, without those of files: the kernel may take them back at any time."""
+    info = process.memory_info()
+    return info.rss - info.shared
+
+
 def resources(pid):
     """Of a process, its children, and this one, which keeps the record and is the network."""
     root = psutil.Process(pid)
@@ -35,7 +41,7 @@ def resources(pid):
     return {
         "files": sum(process.num_fds() for process in tree),
         "threads": sum(process.num_threads() for process in tree),
-        "MiB": sum(process.memory_info().rss for process in tree) // MIB,
+        "MiB": sum(map(own_memory, tree)) // MIB,
         "processes": len(tree),
     }
 
