@@ -15,7 +15,12 @@ from kvshare.hooks.verl import watch
 
 watch.LOOK_SECONDS = 0.2
 watch._start(lambda: None, None, (), {})  # as verl's driver does right before ray.init
-ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+while not ray.is_initialized():
+    try:
+        ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+    except Exception as error:  # Ray gives a node 30 s to start, however busy the machine is
+        if "timed out during startup" not in str(error):
+            raise
 
 @ray.remote(num_cpus=0)
 class Server:
