@@ -66,7 +66,7 @@ faults: .venv/dev
 	$(BIN)/pytest -s --backend mooncake tests/hooks/test_live_faults.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_faults.py tests/long/faults.py -k "not soak"
 
-# One engine for hours: weight updates and faults (SOAK_REQUESTS=400 for minutes).
+# Weight updates and 50 faults on one engine, 50 deaths and hangs in P2P: an hour (SOAK_REQUESTS=400 for minutes).
 soak: .venv/dev
 	$(BIN)/pytest -s tests/long/soak.py
 
