@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psutil
 import pytest
@@ -49,6 +50,7 @@ def resources(pid):
 def assert_nothing_grows(seen, allowed):
     """After the first tenth of what was seen, but for some MiB."""
     first, last = seen[len(seen) // 10 :][:5], seen[-5:]
+    assert len({now["processes"] for now in seen}) == 1
     print(f"after a tenth: {first[0]}\nat the end:    {last[-1]}")
     for name in last[-1]:
         before, after = max(now[name] for now in first), min(now[name] for now in last)
@@ -85,8 +87,7 @@ def faults_of(backend, disk):
         backend.does = does
         return lambda: setattr(backend, "does", "serve")
 
-    of_network = [lambda does=does: misbehave(does) for does in backend.faults]
-    return [killed, disk.stall, stopped, disk.fill, *of_network]
+    return [killed, disk.stall, stopped, disk.fill, *(partial(misbehave, does) for does in backend.faults)]
 
 
 def test_soak(engine, start_engine, backend, weights, disk):

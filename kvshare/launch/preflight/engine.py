@@ -41,7 +41,8 @@ def engine(job: Job) -> Iterator[str]:
             job.engine = parsed_by_vllm(job)
             block = {} if job.engine.block_size is None else {"block_size": job.engine.block_size}
             CacheConfig(gpu_memory_utilization=job.engine.gpu_memory_utilization, **block)
-            get_model_loader(LoadConfig(load_format=job.engine.load_format))
+            extra = job.engine.model_loader_extra_config
+            get_model_loader(LoadConfig(load_format=job.engine.load_format, model_loader_extra_config=extra))
     except SystemExit:  # from argparse, which has written why
         yield f"vLLM refuses what verl gives it: {_reason(said.getvalue())}: correct rollout.engine_kwargs.vllm"
         return
