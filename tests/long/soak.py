@@ -17,6 +17,7 @@ from recorder import Disk, Recorder
 from test_live_peers import loads, numbers, wait_until_shared
 from waiting import until
 
+from kvshare.hooks.lmcache.remote_client import THREADS
 from kvshare.record import event_log, events
 
 REQUESTS = int(os.environ.get("SOAK_REQUESTS", 20_000))
@@ -26,6 +27,9 @@ UPDATES = REQUESTS // 100
 PROMPTS = 30
 TOGETHER = 4  # requests at a time
 MIB = 2**20
+POOL = (
+    2 * THREADS + 2
+)  # connections that are used at once at most: by the threads of gets and puts, a lookup, the probe
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # scheduler and worker, as by default on a GPU
 
 
@@ -35,26 +39,31 @@ def own_memory(process):
     return info.rss - info.shared
 
 
-def resources(pid):
-    """Of a process, its children, and this one, which keeps the record and is the network."""
-    root = psutil.Process(pid)
-    tree = [psutil.Process(), root, *root.children(recursive=True)]
+def resources(pid, port=None):
+    """Of a process and its children, with connections to ``port`` apart, and of the record, which is kept here."""
+    here, root = psutil.Process(), psutil.Process(pid)
+    tree = [root, *root.children(recursive=True)]
+    pooled = [
+        link for process in tree for link in process.net_connections("tcp") if link.raddr and link.raddr[1] == port
+    ]
     return {
-        "files": sum(process.num_fds() for process in tree),
+        "files": sum(process.num_fds() for process in tree) - len(pooled) + len(here.open_files()),
+        "connections": len(pooled),
         "threads": sum(process.num_threads() for process in tree),
-        "MiB": sum(map(own_memory, tree)) // MIB,
+        "MiB": sum(map(own_memory, [here, *tree])) // MIB,
         "processes": len(tree),
     }
 
 
-def assert_nothing_grows(seen, allowed):
-    """After the first tenth of what was seen, but for some MiB."""
-    first, last = seen[len(seen) // 10 :][:5], seen[-5:]
-    assert len({now["processes"] for now in seen}) == 1
+def assert_nothing_grows(seen):
+    """After the first tenth of what was seen, but for 64 MiB and the ``lm://`` client's pool of connections."""
+    first, last, allowed = seen[len(seen) // 10 :][:5], seen[-5:], {"MiB": 64, "connections": POOL}
     print(f"after a tenth: {first[0]}\nat the end:    {last[-1]}")
+    assert len({now["processes"] for now in seen}) == 1
+    assert max(now["connections"] for now in seen) <= POOL
     for name in last[-1]:
         before, after = max(now[name] for now in first), min(now[name] for now in last)
-        assert after <= before + (allowed if name == "MiB" else 0), (name, [now[name] for now in seen])
+        assert after <= before + allowed.get(name, 0), (name, [now[name] for now in seen])
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +106,7 @@ def test_soak(engine, start_engine, backend, weights, disk):
     updates, faults = itertools.count(1), itertools.cycle(faults_of(backend, disk))
     recorder = Recorder(engine, disk)
     version, stamp, seen, loaded = 0, "soak-0", [], 0
+    port = int(backend.address.rpartition(":")[2])
 
     def ask(number):
         text = prompts[number]
@@ -121,7 +131,7 @@ def test_soak(engine, start_engine, backend, weights, disk):
             loaded += engine.hits(0)
             engine.events.clear()
             kept = {"queued": recorder.queued(), "remembered": recorder.remembered(), **engine.kept()}
-            seen.append(resources(engine.process.pid) | kept)
+            seen.append(resources(engine.process.pid, port) | kept)
     written = recorder.close()
     lost = sum(event.events for event in written if isinstance(event, events.Lost))
     written = [event for event in written if not isinstance(event, events.Lost)]
@@ -130,7 +140,7 @@ def test_soak(engine, start_engine, backend, weights, disk):
     assert loaded > 0
     assert lost > 0
     assert len(written) + lost == recorder.given
-    assert_nothing_grows(seen, allowed=64)
+    assert_nothing_grows(seen)
     assert "500 Internal Server Error" not in engine.log.read_text()
 
 
@@ -157,4 +167,4 @@ def test_a_replica_is_gone_again_and_again(processes, tmp_path):
         until(lambda: one.used() == 0)
         seen.append(resources(one.process.pid))
     print(f"\n{ROUNDS} times gone")
-    assert_nothing_grows(seen, allowed=64)
+    assert_nothing_grows(seen)
