@@ -34,7 +34,7 @@ def print_report(report: dict, run: Path) -> None:
     table = Table(title=f"KV sharing: {report.get('backend')} on {report.get('device')}, {report['steps']} steps")
     table.add_column("tokens")
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.removesuffix("_hit"), justify="right")
     for replica in report["replica"]:
         table.add_row(f"replica {replica['rank']}", *(f"{replica[name]:,}" for name in columns))
     table.add_row("all", *(f"{report['tokens'][name]:,}" for name in columns), style="bold")

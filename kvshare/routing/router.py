@@ -161,7 +161,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             return options[zlib.crc32(request_id.encode()) % len(options)]
         last, requests = self._request_id_to_server.get(request_id), {n: s.requests for n, s in self._state.items()}
         if self._spread:
-            return min(options, key=lambda c: (c.server != last, requests[c.server], c.cost.total))
+            return min(options, key=lambda c: (requests[c.server], c.server != last, c.cost.total))
         if not any(server.policy for server in self._state.values()):  # as verl's own: others of its prompt stay too
             return min(options, key=lambda c: (c.server != last, c.cost.total))
         return cheapest(options, prompt, requests)

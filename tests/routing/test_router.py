@@ -143,10 +143,13 @@ def test_spread_sends_samples_to_all_servers_whatever_a_move_costs():
         assert sorted(map(placed.count, "01")) == [2, 2]
         assert router.get_status()["held"] == 3
         name = placed[0]
-        router.release_server(name, "a")
-        busy(router, name)
+        for server in "01":  # which then have the same load
+            router.release_server(server, "abcd"[placed.index(server)])
         turn = await arrive(router, "a", prompt=PROMPT * 2)
         assert turn["a"].result()[0] == name
+        turn = await arrive(router, "a", prompt=PROMPT * 3)
+        servers[name].answer(True)
+        assert (await turn["a"])[0] != name
 
     scenario(test, pace=NEVER, placement="spread")
 
