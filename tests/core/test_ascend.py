@@ -124,7 +124,7 @@ def test_stores_behind_vllms_back(monkeypatch, tmp_path):
     made = SimpleNamespace(**settings, store_async=True)
     monkeypatch.setattr(lmcache_settings, "effective", lambda path, extra: made)
     job = preflight.Job("remote", "npu", [])
-    rollout = SimpleNamespace(engine_kwargs={"vllm": {}})
+    rollout = SimpleNamespace(engine_kwargs={"vllm": {}}, nnodes=0)
     job.config = SimpleNamespace(
         trainer=SimpleNamespace(nnodes=1),
         data=SimpleNamespace(max_prompt_length=1024),
