@@ -35,8 +35,10 @@ class Server:
         return ray.get(self.owned.pid.remote())
 
 @ray.remote(num_cpus=0)
-class FullyAsyncRollouter(Server.__ray_metadata__.modified_class):
-    pass
+class FullyAsyncRollouter:  # a subclass of Server would be a Server to Ray
+    def starts(self):
+        self.server = Server.remote()
+        return ray.get(self.server.pid.remote())
 
 @ray.remote(num_cpus=0)
 class TaskRunner:
@@ -49,7 +51,7 @@ class TaskRunner:
             ray.get(server.report.remote())
         elif dies == "actor of verl's rollouter":
             rollouter = FullyAsyncRollouter.remote()
-            os.kill(ray.get(rollouter.of_a_user.remote()), 9)
+            os.kill(ray.get(rollouter.starts.remote()), 9)
         else:
             os.kill(ray.get(server.of_a_user.remote()), 9)
             ray.kill(server)
