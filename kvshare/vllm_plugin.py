@@ -26,6 +26,7 @@ _HOOKS = (
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.opt_out:patch_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.reset:patch_adapter"),
     ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.generated:patch_adapter"),
+    ("lmcache.integration.vllm.vllm_v1_adapter", "lmcache.failed_loads:patch_adapter"),
     ("lmcache.integration.vllm.lmcache_connector_v1", "lmcache.reset:patch_dynamic_connector"),
     ("lmcache.v1.gpu_connector", "lmcache.cpu_connector:patch_gpu_connector"),
     ("lmcache.v1.cache_engine", "lmcache.async_loading:patch_cache_engine"),

@@ -65,6 +65,28 @@ def test_fault(engines, weights, fault):
     assert loaded == (3 * HITS if name == "slow" else 0)
 
 
+def test_what_follows_a_failed_load_is_stored_right(engines, weights, backend):
+    """vLLM computes the rest of a prompt in the step that fails to load its beginning, and then all of it again."""
+    if "vanish" not in backend.faults:
+        pytest.skip("no proxy before this server")
+    first, second = engines
+    until(lambda: shares(engines))
+    stamp, text = policy.private_policy(), prompt()
+    first.ask(text[: HITS // 2 + 1], stamp)
+    start = len(second.events)
+    backend.does = "vanish"
+    second.ask(text, stamp)
+    backend.does = "serve"
+    assert second.hits(start) == 0
+    until(lambda: any(event["op"] == "stored" for event in second.events[start:]))
+    stored = [len(event["keys"]) for event in second.events[start:] if event["op"] == "store"]
+    assert stored == [HITS // CHUNK]  # once, after all of it was computed
+    until(lambda: shares(engines))
+    start = len(first.events)
+    weights.check(0, text, first.ask(text, stamp, tokens=4))
+    assert first.hits(start) == HITS // 2
+
+
 def _seconds(engine, text, stamp, weights):
     began = time.monotonic()
     answer = engine.ask(text, stamp, tokens=4)

@@ -36,8 +36,12 @@ def patch_mp_connector(module: Any) -> None:
 
 def _wanted(request: Any) -> bool:
     wanted = config_of(request, policy.STORE)
-    aborted = request.status.name == "FINISHED_ABORTED"
-    return wanted == policy.ALWAYS or (wanted == policy.IF_ABORTED and aborted)
+    if request.status.name != "FINISHED_ABORTED":
+        return wanted == policy.ALWAYS
+    # vLLM may not have heard yet whether what the request loads has arrived. A first token says that it has, until the
+    # request is preempted and loads again.
+    arrived = request.num_output_tokens > 0 and request.num_preemptions == 0
+    return arrived and wanted in (policy.ALWAYS, policy.IF_ABORTED)
 
 
 def _computed(request: Any) -> int:
