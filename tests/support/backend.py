@@ -86,17 +86,29 @@ class Backend:
         self.start()
 
 
-class Remote(Backend):
-    """``kvshare server`` behind a proxy that can misbehave in each way a server or a network can."""
+class BehindProxy(Backend):
+    """A server that goes on while its proxy refuses."""
+
+    @contextlib.contextmanager
+    def absent(self) -> Iterator[None]:
+        self.does = "refuse"
+        yield
+        self.does = "serve"
+
+
+class KVShareServer(Backend):
+    """``kvshare server``.
+
+    Args:
+        bound: bytes of its memory.
+    """
 
     connector = "LMCacheConnectorV1"
-    faults = ("refuse", "hang", "slow", "truncate", "flip", "vanish")
+    address: str
 
-    def __init__(self, processes: Processes, log: Path) -> None:
+    def __init__(self, processes: Processes, log: Path, bound: int = BOUND) -> None:
+        self.bound = bound
         super().__init__(processes, log)
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -105,18 +117,24 @@ class Remote(Backend):
             "LMCACHE_REMOTE_URL": f"lm://{self.address}",
         }
 
-    @contextlib.contextmanager
-    def absent(self) -> Iterator[None]:
-        self.does = "refuse"
-        yield
-        self.does = "serve"
-
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self._port)]
-        return [*command, "--memory", str(BOUND / 2**30)]
+        return [*command, "--memory", str(self.bound / 2**30)]
 
     def check(self) -> None:
         health.check_lmcache_server(f"lm://127.0.0.1:{self._port}")
+
+
+class Remote(BehindProxy, KVShareServer):
+    """``kvshare server`` behind a proxy that can misbehave in each way a server or a network can."""
+
+    faults = ("refuse", "hang", "slow", "truncate", "flip", "vanish")
+
+    def __init__(self, processes: Processes, log: Path) -> None:
+        super().__init__(processes, log)
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -164,23 +182,14 @@ class Remote(Backend):
         client.sendall(reply + data)
 
 
-class Shared(Backend):
+class Shared(KVShareServer):
     """``kvshare server`` without a proxy: engines share its memory."""
 
-    connector = "LMCacheConnectorV1"
     faults = ("damaged",)
 
     def __init__(self, processes: Processes, log: Path, bound: int = BOUND) -> None:
-        self.bound = bound
-        super().__init__(processes, log)
+        super().__init__(processes, log, bound)
         self.port, self.address = self._port, f"127.0.0.1:{self._port}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "LMCACHE_CONFIG_FILE": str(CONFIG / "remote_backend_config.yaml"),
-            "LMCACHE_REMOTE_URL": f"lm://{self.address}",
-        }
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -214,13 +223,6 @@ class Shared(Backend):
                     os.close(file)
                 return
         raise AssertionError("the server has no memory")
-
-    def _command(self) -> list[str]:
-        command = [sys.executable, "-m", "kvshare", "server", "127.0.0.1", str(self._port)]
-        return [*command, "--memory", str(self.bound / 2**30)]
-
-    def check(self) -> None:
-        health.check_lmcache_server(f"lm://127.0.0.1:{self._port}")
 
 
 class MP(Backend):

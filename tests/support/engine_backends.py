@@ -8,11 +8,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backend import BOUND, CONFIG, Backend
+from backend import BOUND, CONFIG, Backend, BehindProxy
 
 from kvshare.core import ports
 from kvshare.core.errors import UserError
@@ -105,7 +104,7 @@ class Engine(Backend):
         engines.check(self.url(self._port))
 
 
-class Valkey(Engine):
+class Valkey(BehindProxy, Engine):
     """``valkey-server`` or ``redis-server`` behind a proxy."""
 
     engine = "valkey"
@@ -124,12 +123,6 @@ class Valkey(Engine):
     @property
     def address(self) -> str:
         return self.url(self.proxy.port)
-
-    @contextlib.contextmanager
-    def absent(self) -> Iterator[None]:
-        self.does = "refuse"
-        yield
-        self.does = "serve"
 
     def _memory(self) -> list[str]:
         return ["--maxmemory", str(self.bound)]
