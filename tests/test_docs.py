@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from waiting import STUCK
 
 CHECK = """
 import runpy
@@ -14,5 +15,6 @@ assert made["PAGE"].read_text() == made["page"](), "run python docs/configuratio
 
 def test_configuration_is_up_to_date():
     """In a process of its own: after many other tests, Python 3.11's ast has failed here (SystemError)."""
-    done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", CHECK]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=STUCK)
     assert done.returncode == 0, done.stderr

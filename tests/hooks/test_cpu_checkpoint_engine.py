@@ -4,6 +4,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from waiting import STUCK
 
 from kvshare.hooks.verl.cpu_checkpoint_engine import ZmqCheckpointEngine
 
@@ -32,7 +33,7 @@ def test_every_rollout_worker_gets_all_weights():
                 for engine, weights in zip(actor, gathered, strict=True)
             ]
             for future in (*sent, *received):
-                future.result(60)
+                future.result(STUCK)
         assert [next(left, None) for left in gathered] == [None, None]
         for future in received:
             assert future.result().keys() == weights.keys()

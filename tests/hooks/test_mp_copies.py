@@ -107,11 +107,15 @@ class Worker:
 
     def load(self, salt):
         """Whether it has found anything."""
-        request, found = uuid4().hex, None
+        request, results = uuid4().hex, []
         self.lookups.maybe_submit_lookup_request(request, TOKENS, cache_salt=salt)
-        while found is None:
-            found = self.lookups.check_lookup_result(request)
-        if not found:
+
+        def answered():
+            results.append(self.lookups.check_lookup_result(request))
+            return results[-1] is not None
+
+        until(answered)
+        if not results[-1]:
             return False
         self.adapter.submit_retrieve_request(request, *self._call(), salt)
         return self.adapter.retrieve_futures[request][0].result(timeout=STUCK)
@@ -154,9 +158,9 @@ def test_a_store_given_up_ends_before_vllm_frees_its_blocks(start, background, h
     assert held.waiting.wait(STUCK)
     worker.adapter._health_event.clear()
     polled = runs(worker.adapter.get_finished, {"given up"})
+    until(lambda: not worker.adapter.store_futures)
     polled.join(0.5)
     assert polled.is_alive()
-    assert not worker.adapter.store_futures
     worker.adapter._health_event.set()  # the server was only slow
     held.set()
     polled.join(STUCK)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import zmq
 import zmq.asyncio
+from waiting import STUCK
 
 from kvshare.hooks.lmcache import p2p_memory
 
@@ -27,18 +28,36 @@ def replica():
     listening, loading = context.socket(zmq.REP), context.socket(zmq.REQ)
     port = listening.bind_to_random_port("tcp://127.0.0.1")
     loading.connect(f"tcp://127.0.0.1:{port}")
+    try:
+        yield listening, loading
+    finally:
+        context.destroy(linger=0)
+
+
+async def load(listening, loading):
+    """A load that is answered. Further ones have a time limit, in milliseconds."""
+    loading.setsockopt(zmq.RCVTIMEO, 1000 * STUCK)
+    p2p_memory.watch(loading)
+    await loading.send(b"load")
+    await listening.recv()
+    await listening.send(b"")
+    await loading.recv()
     loading.setsockopt(zmq.RCVTIMEO, 20)
-    yield listening, loading
-    context.destroy(linger=0)
 
 
 async def until(done):
-    while not done():
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(STUCK):
+        while not done():
+            await asyncio.sleep(0.01)
+
+
+def has_ended(loading):
+    """Whether the connection of a watched socket has ended."""
+    return loading.get_monitor_socket().get(zmq.EVENTS) & zmq.POLLIN
 
 
 def binds(socket, address):
-    """Whether it does. zmq closes the socket that had the address on a thread of its own."""
+    """Whether the address is free. zmq closes the socket that had it on a thread of its own."""
     try:
         socket.bind(address)
     except zmq.ZMQError:
@@ -52,14 +71,10 @@ def test_memory_is_held_until_the_load_is_over(end):
         memory, held = [Memory(), Memory()], p2p_memory.Held(100)
         with replica() as (listening, loading):
             for _ in range(2):  # the second load after one that went well
-                p2p_memory.watch(loading)
-                await loading.send(b"load")
-                await listening.recv()
-                await listening.send(b"")
-                await loading.recv()
+                await load(listening, loading)
             if end == "had ended":
                 listening.close(linger=0)
-                await asyncio.wait_for(until(lambda: loading.get_monitor_socket().get(zmq.EVENTS) & zmq.POLLIN), 60)
+                await until(lambda: has_ended(loading))
             p2p_memory.watch(loading)
             if end != "was not asked":
                 await loading.send(b"load")
@@ -75,7 +90,7 @@ def test_memory_is_held_until_the_load_is_over(end):
                         await asyncio.wait_for(asyncio.shield(next(iter(held._tasks))), 0.02)
                 assert [one.freed for one in memory] == [0, 0]
                 await listening.send(b"") if end == "answers" else listening.close(linger=0)
-            await asyncio.wait_for(until(lambda: "address" not in held), 60)
+            await until(lambda: "address" not in held)
             assert [one.freed for one in memory] == [1, 1]
             assert loading.closed
             assert held.bytes() == 0
@@ -89,24 +104,20 @@ def test_a_connection_that_had_ended_before_the_load_says_nothing():
     async def scenario():
         held = p2p_memory.Held(100)
         with replica() as (listening, loading):
-            p2p_memory.watch(loading)
-            await loading.send(b"load")
-            await listening.recv()
-            await listening.send(b"")
-            await loading.recv()
+            await load(listening, loading)
             address = listening.getsockopt_string(zmq.LAST_ENDPOINT)
             listening.close(linger=0)
             again = zmq.asyncio.Context.instance().socket(zmq.REP)
-            await asyncio.wait_for(until(lambda: loading.get_monitor_socket().get(zmq.EVENTS) & zmq.POLLIN), 60)
-            await asyncio.wait_for(until(lambda: binds(again, address)), 60)
+            await until(lambda: has_ended(loading))
+            await until(lambda: binds(again, address))
             p2p_memory.watch(loading)
             await loading.send(b"load")
-            await asyncio.wait_for(again.recv(), 60)
+            await asyncio.wait_for(again.recv(), STUCK)
             held.hold_until_over("address", [Memory()], loading)
             await asyncio.sleep(0.1)
             assert "address" in held
             await again.send(b"")
-            await asyncio.wait_for(until(lambda: "address" not in held), 60)
+            await until(lambda: "address" not in held)
             again.close(linger=0)
 
     asyncio.run(scenario())

@@ -191,7 +191,7 @@ def test_client_killed_in_a_put(open_cache, server):
     assert taken == 1
     assert cache.found([0x1000]) == 0
     writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    writer.wait(STUCK)
     assert cache.found([0x1000]) == 0
     assert cache.get([0x1000]) == [False]
     cache.put(range(ROOM))
@@ -208,7 +208,7 @@ def test_client_that_writes_half_and_stays(open_cache, server):
     assert sum(cache.get(range(ROOM))) == ROOM - taken
     assert server.memory() <= server.bound
     writer.kill()
-    writer.wait()
+    writer.wait(STUCK)
     until(lambda: cache.put(range(ROOM)) and all(cache.get(range(ROOM))))
 
 
@@ -232,7 +232,7 @@ while True:
     for _ in range(3):
         assert reader.stdout.readline()
     reader.kill()
-    reader.wait()
+    reader.wait(STUCK)
     cache.put(range(100, 100 + ROOM))
     assert all(cache.get(range(100, 100 + ROOM)))
     assert server.memory() <= server.bound

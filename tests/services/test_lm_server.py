@@ -491,7 +491,7 @@ def test_starts_again_on_the_same_port_at_once(processes, tmp_path, small):
     with closing(small.client()) as client:
         assert not client.exists(1)
         small.process.kill()
-        small.process.wait()
+        small.process.wait(STUCK)
         again = Server(processes, tmp_path, limit=20 * MB, port=small.port)
         again.check()
 
