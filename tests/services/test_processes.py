@@ -130,12 +130,27 @@ SEGMENT = (
 """Makes a segment that nobody removes when the process is killed."""
 
 
+@pytest.fixture
+def make_segment():
+    """Makes shared memory that the test removes, however it ends."""
+    made = []
+
+    def make(name=None):
+        made.append(shared_memory.SharedMemory(name, create=True, size=4096))
+        return made[-1]
+
+    yield make
+    for segment in made:
+        segment.close()
+        segment.unlink()
+
+
 @pytest.mark.parametrize("killed_earlier", [True, False])
-def test_shared_memory_of_killed_processes_is_freed_and_no_neighbours(tmp_path, killed_earlier):
+def test_shared_memory_of_killed_processes_is_freed_and_no_neighbours(tmp_path, make_segment, killed_earlier):
     """The neighbour's process is not to be seen: it has the same /dev/shm in another container."""
     log = tmp_path / "log"
     with Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
-        neighbour = shared_memory.SharedMemory(create=True, size=4096)
+        neighbour = make_segment()
         neighbour.close()  # nobody maps it
         child = processes.start([sys.executable, "-c", SEGMENT], log)
         name = until(lambda: log.read_text().strip(), child)
@@ -145,16 +160,13 @@ def test_shared_memory_of_killed_processes_is_freed_and_no_neighbours(tmp_path, 
         assert Path("/dev/shm", name).exists()
     assert not Path("/dev/shm", name).exists()
     assert Path("/dev/shm", neighbour.name).exists()
-    neighbour.unlink()
 
 
-def test_shared_memory_of_a_server_that_others_have_started_stays(tmp_path):
+def test_shared_memory_of_a_server_that_others_have_started_stays(tmp_path, make_segment):
     log = tmp_path / "log"
     with Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
-        servers = shared_memory.SharedMemory("lmcache_l1_pool_" + tmp_path.name, create=True, size=4096)
+        servers = make_segment(f"lmcache_l1_pool_{tmp_path.name}")
         opens = SEGMENT.replace("create=True, size=4096", f"name={servers.name!r}")
         until(lambda: log.exists() and log.read_text(), processes.start([sys.executable, "-c", opens], log))
         until(lambda: servers.name in processes._shared_memory.ours)
     assert Path("/dev/shm", servers.name).exists()
-    servers.close()
-    servers.unlink()
