@@ -1,9 +1,11 @@
 """A driver that waits for ever ends when an actor or an engine of its job has died; small Ray clusters."""
 
 import sys
+from tempfile import TemporaryDirectory
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDeathCause
+from waiting import until
 
 from kvshare.hooks.verl import watch
 from kvshare.services.processes import Processes
@@ -76,11 +78,14 @@ ray.get(TaskRunner.remote().run.remote(sys.argv[1]))
     ],
 )
 def test_driver_ends_when_what_it_needs_has_died(tmp_path, dies, says):
-    with Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
-        command = [sys.executable, "-c", DRIVER, dies]
-        driver = processes.start(command, tmp_path / "log", {"KVSHARE_RUN_DIR": str(tmp_path)})
-        assert driver.wait() == bool(says), (tmp_path / "log").read_text()
-    lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("kvshare: ")]
+    log = tmp_path / "log"
+    with TemporaryDirectory(dir="/tmp") as short, Processes(("KVSHARE_TEST_MARK", str(tmp_path))) as processes:
+        # Ray's sockets are in RAY_TMPDIR, and their paths may have about 100 characters.
+        environment = {"KVSHARE_RUN_DIR": str(tmp_path), "RAY_TMPDIR": short}
+        driver = processes.start([sys.executable, "-c", DRIVER, dies], log, environment)
+        until(lambda: driver.poll() is not None, log=log)
+        assert driver.returncode == bool(says), log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.startswith("kvshare: ")]
     assert len(lines) == bool(says)
     for line in lines:
         before, _, after = says.partition("(pid {pid} on {ip})")
