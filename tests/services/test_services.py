@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import zmq
-from waiting import until
+from engine_backends import skip_if_missing
+from waiting import STUCK, until
 
 from kvshare.core import ports
 from kvshare.core.errors import UserError
@@ -23,9 +24,8 @@ from kvshare.services.processes import marked
 
 
 def command(*arguments, **more):
-    return subprocess.run(
-        [sys.executable, "-m", "kvshare", "services", *map(str, arguments)], capture_output=True, text=True, **more
-    )
+    given = [sys.executable, "-m", "kvshare", "services", *map(str, arguments)]
+    return subprocess.run(given, capture_output=True, text=True, timeout=STUCK, **more)
 
 
 @pytest.fixture
@@ -60,10 +60,9 @@ def test_up_status_down(backend, folder):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines_of_remote(engine, folder):
     """They take the place of kvshare server, which ends, and the other way round."""
+    skip_if_missing(engine, folder)
     before = up("remote", folder)
     done = command("up", "--backend", "remote", "--engine", engine, "--folder", folder, "--json")
-    if done.returncode == 2:
-        pytest.skip(done.stderr)  # what this machine lacks
     assert done.returncode == 0, done.stderr
     started = json.loads(done.stdout)
     assert not psutil.pid_exists(before["pid"])

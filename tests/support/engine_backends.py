@@ -22,6 +22,14 @@ from kvshare.services.processes import Processes
 PIECE = 1 << 16  # bytes; an entry of the tests is larger
 
 
+def skip_if_missing(engine: str, folder: Path) -> None:
+    """Skip the test where this machine lacks the engine's server or its client."""
+    try:
+        ENGINES[engine].command("127.0.0.1", {"server": 0, "metrics": 0}, folder)
+    except UserError as missing:
+        pytest.skip(str(missing))
+
+
 class Proxy:
     """Passes bytes on between clients and a server, or does what ``does`` says, whatever the protocol is.
 
@@ -78,11 +86,8 @@ class Engine(Backend):
     engine: str
 
     def __init__(self, processes: Processes, log: Path, bound: int = BOUND) -> None:
+        skip_if_missing(self.engine, log.parent)
         self.bound = bound
-        try:  # what the machine lacks
-            ENGINES[self.engine].command("127.0.0.1", {"server": 0, "metrics": 0}, log.parent)
-        except UserError as missing:
-            pytest.skip(str(missing))
         super().__init__(processes, log)
 
     def url(self, port: int) -> str:
