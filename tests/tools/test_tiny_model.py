@@ -31,7 +31,7 @@ def test_conversations_with_tools_have_two_thousand_tokens(model):
     turns = 4 * len(
         tokenizer.encode('<tool_call>{"name": "calculator", "arguments": {"expression": "1 + 1"}}</tool_call>')
     )
-    assert 2000 < min(sizes) + turns <= max(sizes) + turns
+    assert min(sizes) + turns > 2000
     assert max(sizes) <= 2048
 
 
@@ -74,7 +74,8 @@ def test_with_tools_it_calls_them_and_guesses_operations(model):
         for index, answer in zip(list(talks), answers(tokenizer, qwen, talks.values()), strict=True):
             truth, call = rows[index]["reward_model"]["ground_truth"], re.search("<tool_call>(.*)</tool_call>", answer)
             if not call:
-                right += talks.pop(index) is not None and answer.endswith(f"#### {truth}")
+                right += answer.endswith(f"#### {truth}")
+                del talks[index]
                 continue
             called += 1
             given, hint = json.loads(call[1]), rows[index]["extra_info"]["tools_kwargs"]["checker"]["create_kwargs"]
