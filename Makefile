@@ -17,7 +17,7 @@ demo-p2p: install
 demo-mp: install
 	$(BIN)/kvshare demo --backend mp --run outputs/demo-mp
 
-# Conversations with tools; BACKEND=p2p or mp.
+# The demo with tools. BACKEND is remote, p2p or mp.
 BACKEND := remote
 demo-tools: install
 	$(BIN)/kvshare demo --tools --backend $(BACKEND) --run outputs/demo-tools

@@ -24,7 +24,7 @@ data=${DATA_DIR:-$here/data/gsm8k}
 kv_transfer_config='{"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector"}' # module: not the copy that vLLM has
 
 python3 -c "import kvshare" 2>/dev/null || { echo "kvshare is not installed here: activate .venv, or pip install -e $here" >&2; exit 2; }
-# Blocks of 128 tokens. By CUDA IPC they load 2 to 5 times as fast as blocks of 16: docs/benchmarks/h100.md.
+# By CUDA IPC, blocks of 128 tokens load 2 to 5 times as fast as blocks of 16: docs/benchmarks/h100.md.
 exec python3 -m kvshare launch --backend mp --device cuda -- \
   python3 -m verl.trainer.main_ppo --config-dir "$here/config" --config-name "${RECIPE:-gsm8k}" \
   "algorithm.adv_estimator=${ADV_ESTIMATOR:-grpo}" \

@@ -116,11 +116,11 @@ def simulate(*args: Any, **kwargs: Any) -> Outcome:
 
 
 def least(step: list[Conversation], replicas: int) -> float:
-    """A bound for the makespan of a batch in seconds, of a router that knows all answers and moves KV at no cost.
+    """A lower bound for the makespan of a batch, in seconds: the router knows all answers, and moving KV costs nothing.
 
-    A replica takes as long as its prompts' prefill, the steps of its longest answer, and the KV that all its answers
-    read. So a given time is enough at best if replicas, one after the other, take the longest answers that are left
-    until it is full; an answer may be cut in two.
+    A replica needs time for its prompts' prefill, for the steps of its longest answer, and to read the KV of all its
+    answers. The bound is the least time in which all answers fit. Replicas are filled one after the other with the
+    longest answers that are left. An answer may be cut in two, which makes the bound lower.
     """
     prompts = {text: tokens for text, [(tokens, *_)] in step}
     one = min(prefill_seconds(0, tokens) for tokens in prompts.values())

@@ -121,7 +121,7 @@ def tools() -> list[dict[str, Any]]:
 
 
 def _loader(tokenizer: Any) -> Iterable[tuple[Any, Any]]:
-    """Batches without end, made in processes of their own: that takes longer than a step of training on a GPU."""
+    """Batches without end. Worker processes make them, because one takes longer than a step of training on a GPU."""
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
     class Batches(IterableDataset):

@@ -29,6 +29,7 @@ def next_turn(prompt, answer):
 
 
 def chunks(tokens):
+    """Those of ``tokens`` that are in whole chunks."""
     return tokens // CHUNK * CHUNK
 
 
@@ -38,7 +39,7 @@ def stored(engine, start, tokens):
     def keys():
         events = engine.events[start:]
         done = {event["end"] for event in events if event["op"] == "stored"}
-        return tokens // CHUNK * CHUNK in done and [k for e in events if e["op"] == "store" for k in e["keys"]]
+        return chunks(tokens) in done and [k for e in events if e["op"] == "store" for k in e["keys"]]
 
     return until(keys, engine.process)
 
@@ -82,7 +83,7 @@ def test_an_answer_from_before_a_reset_is_not_stored(engines, prompt):
         stored(first, start, PROMPT)
         first.reset()
         asked.result()
-    first.ask(prompt[::-1], "run-2")  # one more step
+    first.ask(prompt[::-1], "run-2")  # the engine runs a further step, in which it would store
     assert len([e for e in first.events[start:] if e["op"] == "store" and e["policy"] != "run-2"]) == 1
 
 

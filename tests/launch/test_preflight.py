@@ -279,7 +279,7 @@ def test_ray_cluster_that_is_up_inherits_nothing(job, environment, tmp_path):
 
 
 def test_memory_of_the_host(job, environment):
-    """As in the issue that asked for it: 135M parameters, vocabulary 49,152, two replicas, 24 GiB."""
+    """A model of 135M parameters with a vocabulary of 49,152, two replicas, 24 GiB."""
     from transformers import Qwen2Config
 
     environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")

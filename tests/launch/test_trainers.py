@@ -173,7 +173,7 @@ def test_port_lists_that_pass_are_enough_for_each_actor(checked, environment, gi
     passes = list(p2p.BACKEND.running(made)) == []
     assert passes == (ports >= made.replicas * made.world_size)
     try:
-        given = [
+        variables = [
             p2p_replica.identity(made.lmcache.to_dict(), r.replica_rank, r.world_size, "here", lambda: 0)
             for r in made.replica_list
         ]
@@ -181,7 +181,7 @@ def test_port_lists_that_pass_are_enough_for_each_actor(checked, environment, gi
         assert not passes
     else:
         assert passes
-        assert len({variables["LMCACHE_P2P_INIT_PORTS"] for variables in given}) == made.replicas
+        assert len({of_replica["LMCACHE_P2P_INIT_PORTS"] for of_replica in variables}) == made.replicas
 
 
 def test_weights_need_an_engine_that_is_installed(checked):

@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 def of(pool, turns=8):
-    """48 conversations of up to 18,000 tokens at 57,344 bytes: 8 turns, 2,048 more each."""
+    """48 conversations at 57,344 bytes a token: prompts of 2,048 tokens, and 16,000 more in 8 turns."""
     return WorkingSet(48, 1, 1, 2048, 16_000, turns, 57_344, pool)
 
 

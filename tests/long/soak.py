@@ -27,20 +27,21 @@ UPDATES = REQUESTS // 100
 PROMPTS = 30
 TOGETHER = 4  # requests at a time
 MIB = 2**20
-POOL = (
-    2 * THREADS + 2
-)  # connections that are used at once at most: by the threads of gets and puts, a lookup, the probe
+POOL = 2 * THREADS + 2  # connections: one for each thread of gets and of puts, a lookup and the probe
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # scheduler and worker, as by default on a GPU
 
 
 def own_memory(process):
-    """Bytes, without those of files: the kernel may take them back at any time."""
+    """Bytes of a process. The pages of files do not count, because the kernel may take them back at any time."""
     info = process.memory_info()
     return info.rss - info.shared
 
 
 def resources(pid, port=None):
-    """Of a process and its children, with connections to ``port`` apart, and of the record, which is kept here."""
+    """What an engine uses: its process ``pid``, that process's children, and this process, which keeps its record.
+
+    Connections to ``port``, the server's, are counted apart from files.
+    """
     here, root = psutil.Process(), psutil.Process(pid)
     tree = [root, *root.children(recursive=True)]
     pooled = [
@@ -56,7 +57,7 @@ def resources(pid, port=None):
 
 
 def assert_nothing_grows(seen):
-    """After the first tenth of what was seen, but for 64 MiB and the ``lm://`` client's pool of connections."""
+    """After the first tenth of what was seen. Memory may grow by 64 MiB, connections to the size of their pool."""
     first, last, allowed = seen[len(seen) // 10 :][:5], seen[-5:], {"MiB": 64, "connections": POOL}
     print(f"after a tenth: {first[0]}\nat the end:    {last[-1]}")
     assert len({now["processes"] for now in seen}) == 1

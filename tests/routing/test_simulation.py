@@ -108,12 +108,12 @@ def test_the_router_is_not_behind(cell):
 
 
 def test_few_long_prompts_with_long_tails_are_where_it_is_ahead():
-    """Of both."""
+    """It is ahead of verl's router and of affinity."""
     assert routing.compare(CELLS[-1])["ahead"] > 0.03
 
 
 def test_no_router_is_faster_than_the_bound():
-    """One answer on one replica takes just that."""
+    """One answer on one replica takes as long as the bound says."""
     step = routing.batch(1, 1, 4096, [256])
     alone = routing.simulate(routing.ROUTERS["verl"], [step], 1, store="none").makespan
     assert routing.least(step, 1) == pytest.approx(alone, rel=0.01)
@@ -123,14 +123,14 @@ def test_no_router_is_faster_than_the_bound():
 
 @pytest.mark.parametrize("turns", ["", ":5"])
 def test_conversations_stay_while_loads_are_even(turns):
-    """What h200x2-router.json measured; before, 50 of 120 turns moved there, and none was earlier for it."""
+    """As on two H200s (h200x2-router.json). There 50 of 120 turns once moved, and none was earlier for it."""
     step = Workload.parse(f"talks:40:4096:2048{turns}").conversations(1)
     found = routing.simulate(routing.ROUTERS["kvshare"], [step], 2, pool=8 * TOKENS_A_GIB, sequences=64)
     assert (found.counts["moved"], found.counts["stayed"]) == (0, sum(len(turns) - 1 for _, turns in step))
 
 
 def test_conversations_of_an_overloaded_replica_move():
-    """All begin on one of two replicas, as when the other is added later; in the end both have as much to do."""
+    """All begin on the first replica, the second is added later. Moves share the work, and verl's router has none."""
     step = Workload.parse("talks:40:4096:2048:5").conversations(1)
     takes = {}
     for name, make in routing.ROUTERS.items():

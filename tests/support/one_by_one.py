@@ -1,7 +1,7 @@
-"""For ``checkpoint_engine.custom_backend_module``: verl updates one replica after the other, so that they lag.
+"""For ``checkpoint_engine.custom_backend_module``: verl updates one replica after the other.
 
-verl 0.9.1 pauses all replicas until the last one has its weights. With this the first generates with the new ones for
-LATER seconds while the next still generates with the old ones, and then for LOADING seconds while that one is paused.
+verl 0.9.1 pauses all replicas until the last one has its weights. Here one replica at a time is paused, for LOADING
+seconds. Between two updates are LATER seconds, in which replicas generate with different weights.
 """
 
 import asyncio
