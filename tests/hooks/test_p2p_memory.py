@@ -35,7 +35,7 @@ def replica():
 
 
 async def load(listening, loading):
-    """A load that is answered. Further ones have a time limit, in milliseconds."""
+    """A load that is answered, however late. After it ``loading`` waits 20 ms for an answer."""
     loading.setsockopt(zmq.RCVTIMEO, 1000 * STUCK)
     p2p_memory.watch(loading)
     await loading.send(b"load")

@@ -202,7 +202,7 @@ def test_a_load_that_ends_after_its_deadline_writes_into_nobodys_kv(misbehaving)
 
     async def late(name):
         if name == "get":
-            await asyncio.get_running_loop().run_in_executor(None, going_on.wait)
+            await asyncio.get_running_loop().run_in_executor(None, going_on.wait, STUCK)
 
     made[0].fault = late
     assert cache.get([1]) == [False]
@@ -224,7 +224,7 @@ def test_a_connector_that_blocks_its_event_loop(misbehaving):
     going_on = threading.Event()
 
     async def block(name):
-        going_on.wait()
+        going_on.wait(STUCK)
 
     made[0].fault = block
     assert cache.found([1]) == 0

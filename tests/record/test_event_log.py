@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 
+from waiting import STUCK
+
 from kvshare.record import event_log, events
 from kvshare.record.event_log import EventLog
 from kvshare.record.event_reader import Reader
@@ -69,7 +71,7 @@ def test_a_stalled_disk_costs_events_that_are_counted(tmp_path, monkeypatch):
     reading.start()
     log.close()
     log._file._close()  # the reader's end of file
-    reading.join()
+    reading.join(STUCK)
     stored = sum(isinstance(event, events.Store) for event in received)
     lost = sum(event.events for event in received if isinstance(event, events.Lost))
     assert 100 <= stored < 10_000
