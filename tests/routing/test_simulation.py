@@ -130,7 +130,7 @@ def test_conversations_stay_while_loads_are_even(turns):
 
 
 def test_conversations_of_an_overloaded_replica_move():
-    """All begin on the first replica, the second is added later. Moves share the work, and verl's router has none."""
+    """The second replica is added when all have begun on the first. verl's router never moves a conversation."""
     step = Workload.parse("talks:40:4096:2048:5").conversations(1)
     takes = {}
     for name, make in routing.ROUTERS.items():
