@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from cachetools import LRUCache
+from cachetools import FIFOCache, LRUCache
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from kvshare.core import freshness, lmcache_settings
@@ -33,6 +33,7 @@ often = LimitedLogger(logger)  # for what each entry or request may repeat
 
 AFTER_RELEASE = 1.0  # seconds after which a leader that was released, but not reported as stored, is given up
 CONVERSATIONS = 10_000  # whose last turn is remembered
+POLICIES = 4  # whose most requests are remembered: a rollout may be much larger than those that follow, e.g. validation
 
 
 @dataclass
@@ -67,8 +68,9 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._conversations = Conversations(self._chunk_size)
         self._turns: LRUCache = LRUCache(CONVERSATIONS)  # request id -> policy, tokens
         self._placed: dict[tuple[str, str], list[Placed]] = {}  # by server and request id, oldest first
-        self._most = 0  # requests at the same time
-        self._requests, self._samples = 0, 0.0  # so far; with the same prompt, in the rollouts that have ended
+        self._most: FIFOCache = FIFOCache(POLICIES)  # policy -> the most requests that ran at the same time
+        self._requests = 0  # so far
+        self._samples = 0.0  # requests with the same prompt, on average over the rollouts that have ended
         self._watchers: set[asyncio.Task] = set()
         self._counts = Counts()
         self._event_log = EventLog("router", os.environ.get(RUN_DIR))
@@ -149,8 +151,8 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         policy, last_tokens = self._turns.get(request_id, (None, 0))
         if last not in self._state or (self._state[last].policy != policy and not self._keeps):
             last, last_tokens = None, 0
-        self._most = max(self._most, self.get_total_inflight() + 1)
-        usual = self._most / len(self._servers) - 1
+        most = max([self.get_total_inflight() + 1, *self._most.values()])
+        usual = most / len(self._servers) - 1
         prompt = Prompt(tokens, digests, last, min(last_tokens, tokens), usual, self._samples)
         now = asyncio.get_running_loop().time()
         rate = self._listener.rate
@@ -177,6 +179,8 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         server.ready = asyncio.get_running_loop().time() + choice.cost.wait + choice.cost.prompt
         server.requests += 1
         server.context += placed.context
+        if server.policy:
+            self._most[server.policy] = max(self._most.get(server.policy, 0), self.get_total_inflight())
         if server.policy and len(self._servers) > 1:
             stored_at = server.ready + self._listener.rate["delay"]
             placed.leader = self._chunks.add(name, server.policy, digests, stored_at)

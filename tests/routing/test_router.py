@@ -76,7 +76,7 @@ def scenario(test, servers=2, pace=UNKNOWN, **config):
     async def run():
         made = {str(i): Server(pace) for i in range(servers)}
         router = PrefillOnceRouter(dict(made), {"chunk_size": CHUNK, **config})
-        router._most = USUAL * servers
+        router._most["earlier"] = USUAL * servers
         return await test(router, made)
 
     return virtual_time.run(run())
@@ -215,6 +215,21 @@ def test_another_policy_is_led_again():
         await asyncio.sleep(0.001)
         await arrive(router, *"bc")
         assert router.get_status()["leaders"] == 2
+
+    scenario(test)
+
+
+def test_a_larger_rollout_counts_no_longer_after_some_updates():
+    async def test(router, servers):
+        usual = []
+        for number in range(2, 6):
+            for server in servers.values():
+                server.update(f"run-{number}")
+            await asyncio.sleep(0.001)
+            name, _ = await router.acquire_server(str(number), PROMPT)
+            router.release_server(name, str(number))
+            usual.append(router._options("next", len(PROMPT), [])[0].usual)
+        assert usual == [USUAL - 1] * 3 + [1 / 2 - 1]
 
     scenario(test)
 
