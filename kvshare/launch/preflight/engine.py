@@ -102,11 +102,17 @@ def block_size(job: Job) -> int:
 
 def kv_dtype(job: Job) -> Any:
     """torch.dtype of the engines' KV cache."""
-    import torch
-    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, get_kv_cache_torch_dtype
+    from vllm.utils.torch_utils import get_kv_cache_torch_dtype
 
-    weights = STR_DTYPE_TO_TORCH_DTYPE.get(job.engine.dtype) or job.model.hf_config.dtype or torch.bfloat16
-    return get_kv_cache_torch_dtype(job.engine.kv_cache_dtype, weights)
+    return get_kv_cache_torch_dtype(job.engine.kv_cache_dtype, dtype(job))
+
+
+def dtype(job: Job) -> Any:
+    """torch.dtype of the engines' weights."""
+    import torch
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    return STR_DTYPE_TO_TORCH_DTYPE.get(job.engine.dtype) or job.model.hf_config.dtype or torch.bfloat16
 
 
 def connector(job: Job) -> Iterator[str]:

@@ -14,7 +14,7 @@ from kvshare.core.job import Job
 from kvshare.launch.forecast import Forecast, Recipe, kv_bytes
 from kvshare.launch.forecast import forecast as predict
 from kvshare.launch.preflight import prompts
-from kvshare.launch.preflight.engine import block_size, kv_dtype
+from kvshare.launch.preflight.engine import block_size, dtype, kv_dtype
 from kvshare.launch.preflight.recipe import router_settings
 from kvshare.launch.working_set import WorkingSet
 
@@ -60,23 +60,23 @@ def working_set(job: Job, prompts: int, found: Forecast) -> WorkingSet:
 
 
 def kv_pool(job: Job, token_bytes: int) -> int | None:
-    """Bytes that all replicas have for KV; None if that depends on a device which is not here.
+    """Bytes for KV on the serving replicas; None if that depends on a device which is not here.
 
-    vLLM measures what a GPU has left beside weights and activations. Activations are not known here.
+    On a GPU the result is too large by the activations: vLLM measures them when it starts, they are not known here.
     """
     engine = job.engine
     if engine.num_gpu_blocks_override is not None:
-        return job.replicas * engine.num_gpu_blocks_override * block_size(job) * token_bytes
+        return job.serving * engine.num_gpu_blocks_override * block_size(job) * token_bytes
     if job.device == "cpu" and (space := os.environ.get("VLLM_CPU_KVCACHE_SPACE")):
-        return job.replicas * job.world_size * int(float(space) * 2**30)
+        return job.serving * job.world_size * int(float(space) * 2**30)
     if engine.kv_cache_memory_bytes is not None:
-        return job.replicas * job.world_size * engine.kv_cache_memory_bytes
+        return job.serving * job.world_size * engine.kv_cache_memory_bytes
     import torch
 
     if job.device != "cuda" or not torch.cuda.is_available():
         return None
     device = torch.cuda.get_device_properties(0).total_memory * engine.gpu_memory_utilization
-    return max(0, round(job.replicas * (job.world_size * device - weight_bytes(job))))
+    return max(0, round(job.serving * (job.world_size * device - weight_bytes(job))))
 
 
 def weight_bytes(job: Job) -> int:
@@ -86,7 +86,7 @@ def weight_bytes(job: Job) -> int:
 
     with torch.device("meta"):  # shapes without memory
         model = AutoModelForCausalLM.from_config(job.model.hf_config)
-    return sum(weight.numel() for weight in model.parameters()) * kv_dtype(job).itemsize
+    return sum(weight.numel() for weight in model.parameters()) * dtype(job).itemsize
 
 
 MP_FULL = 0.8
