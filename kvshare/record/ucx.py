@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvshare.record.event_log import RUN_DIR
+
 ROW = re.compile(r"\.\.inf \|[^|]*\| *([^|]*?) *\|")  # of the largest writes
 FILES = "ucx-*.log"
 PLACES = {"intra-node": "on one host", "inter-node": "between hosts"}
@@ -31,8 +33,11 @@ def ask() -> None:
 
 
 def own() -> str:
-    """Transports of this process, in words; empty while none is known."""
-    return transports([_folder() / f"ucx-{os.getpid()}.log"])
+    """Transports of this process, in words; empty while none is known, or if its log cannot be read."""
+    try:
+        return transports([_folder() / f"ucx-{os.getpid()}.log"])
+    except OSError:  # the folder may be on NFS, and the caller is vLLM's worker
+        return ""
 
 
 def of_run(folder: Path) -> str:
@@ -55,4 +60,4 @@ def transports(logs: Iterable[Path]) -> str:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("KVSHARE_RUN_DIR") or tempfile.gettempdir())
+    return Path(os.environ.get(RUN_DIR) or tempfile.gettempdir())
