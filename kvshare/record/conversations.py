@@ -1,8 +1,8 @@
 """Counts what the turns of conversations computed again, given the events of a record. No I/O.
 
-A turn's prompt repeats all that the conversation had before. Of these tokens the engine that ran the last turn has
-computed all but the last one, so only the others are *new*. What a turn computes beyond them is computed *again*: its
-KV had been evicted, or was on another replica, and was not loaded. After an update of the weights everything is new.
+A turn's prompt repeats the whole conversation so far. An engine has computed the KV of all these tokens but the last
+one. The other tokens of the prompt are *new*. What a turn computes beyond them is computed *again*: its KV had been
+evicted, or was on another replica, and was not loaded. After an update of the weights all tokens are new.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ class Conversations:
             self._loads.setdefault(event.request, Count()).load(event, hits)
         elif isinstance(event, Request) and (talk := conversation.of(event.request)):
             count = self._loads.pop(event.request, Count())
-            if event.generated or event.finish != ABORT:
+            if event.computed:
                 count.request(event)
                 self._last[talk] = self._request(event, count, self._last.get(talk))
-            elif talk in self._last:  # aborted before it computed anything
+            elif talk in self._last:
                 self._last[talk].aborted = True
 
     def _request(self, event: Request, count: Count, last: Last | None) -> Last:

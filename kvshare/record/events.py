@@ -71,11 +71,16 @@ ABORT = "abort"
 
 
 class Request(OfReplica):
-    """Tokens of the ``prompt``, those that vLLM did not schedule (``cached``), and the engine's ``prefill`` rate.
+    """A request that has ended.
 
-    The rate is that up to the first token, in tokens per second; None if it is not known. ``generated`` counts tokens,
-    and ``versions`` those of the weights that their KV may come from. ``request`` is the caller's id
-    (core/conversation.py), ``finish`` why it ended: "stop", "length", ABORT.
+    Args:
+        prompt: tokens.
+        cached: tokens of the prompt that vLLM did not schedule.
+        prefill: the engine's rate up to the first token, in tokens per second; None if it is not known.
+        generated: tokens.
+        versions: how many versions of the weights the request's KV may come from.
+        request: the caller's id (core/conversation.py).
+        finish: why it ended: "stop", "length", ABORT.
     """
 
     policy: str
@@ -86,6 +91,11 @@ class Request(OfReplica):
     versions: int = 1
     request: str = ""
     finish: str | None = None
+
+    @property
+    def computed(self) -> bool:
+        """False if it was aborted before the engine computed anything."""
+        return self.generated > 0 or self.finish != ABORT
 
 
 class Lost(Event):

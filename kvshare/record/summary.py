@@ -229,11 +229,10 @@ def _freshness(report: dict[str, Any]) -> str:
 
 def _versions(versions: dict[str, Any]) -> str:
     """Nothing of a synchronous run, in which there is one at a time."""
-    parts = []
+    parts, spans, behind = [], versions["of_a_trajectory"] or 1, versions["behind"] or 0
     if versions["in_a_step"] > 1:
         parts.append(f"requests of up to {versions['in_a_step']} ended in one step")
-    if (versions["of_a_trajectory"] or 1) > 1 or versions["behind"]:
-        spans, behind = versions["of_a_trajectory"], versions["behind"]
+    if spans > 1 or behind:
         parts.append(f"trajectories span up to {spans:.0f} and begin up to {behind:.0f} before the trainer's (verl)")
     return "; ".join(parts)
 

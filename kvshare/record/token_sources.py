@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvshare.record.events import ABORT, Event, Load, Request, StalePrefix, Store
+from kvshare.record.events import Event, Load, Request, StalePrefix, Store
 from kvshare.record.stored import Hits, Stored
 
 SOURCES = ("computed", "local_hit", "restored_hit", "shared_hit", "unknown_hit")
@@ -50,7 +50,7 @@ class Count:
     seconds: float = 0.0  # of loads
 
     def request(self, request: Request) -> None:
-        if request.generated or request.finish != ABORT:  # nothing was computed for one that was aborted before
+        if request.computed:
             self.prompt += request.prompt
             self.cached += request.cached
 
