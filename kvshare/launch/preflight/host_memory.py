@@ -92,8 +92,8 @@ def estimate(job: Job, model: Training) -> dict[str, float]:
     entropy = actor.calculate_entropy or actor.entropy_coeff != 0
     backward = devices * (model.activations + model.logits * (LOGITS + ENTROPY * entropy))
     bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20
-    # An engine keeps all new weights (CPUWorkerExtension), then loads them beside the old ones. Those for a standalone
-    # replica wait in a queue (cpu_checkpoint_engine).
+    # An engine keeps all new weights (CPUWorkerExtension), then loads them beside the old ones. A standalone replica's
+    # new weights also wait in a queue (cpu_checkpoint_engine).
     update = devices * fp32 + engines * min(bucket, fp32) + standalone * fp32 + replicas * weights
     return {
         "processes": RUN + idle + WORKER * (devices + standalone) + ENGINE * engines,
@@ -154,8 +154,7 @@ def _kv_pool(job: Job) -> float:
 
     if space := _number("VLLM_CPU_KVCACHE_SPACE", 0):
         return space * GIB
-    given = job.rollout.engine_kwargs.vllm.get("kv_cache_memory_bytes")
-    return given or job.rollout.gpu_memory_utilization * get_system_memory()
+    return job.engine.kv_cache_memory_bytes or job.engine.gpu_memory_utilization * get_system_memory()
 
 
 def _number(variable: str, default: float) -> float:
