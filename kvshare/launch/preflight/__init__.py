@@ -61,15 +61,13 @@ STAGES: dict[str, tuple[Check, ...]] = {
     ),
 }
 WARNINGS: tuple[Check, ...] = (
-    *(
-        memory.forecast,
-        memory.memory,
-        host_memory.host_memory,
-        engine.graphs,
-        service.exposure,
-        trainer.staleness,
-        untried,
-    ),
+    memory.forecast,
+    memory.memory,
+    host_memory.host_memory,
+    engine.graphs,
+    service.exposure,
+    trainer.staleness,
+    untried,
 )
 
 

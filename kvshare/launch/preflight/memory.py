@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvshare.core import server_status
 from kvshare.core.job import Job
-from kvshare.launch.forecast import Forecast, Recipe, kv_bytes
+from kvshare.launch.forecast import Recipe, kv_bytes
 from kvshare.launch.forecast import forecast as predict
 from kvshare.launch.preflight import prompts
 from kvshare.launch.preflight.engine import block_size, dtype, kv_dtype
@@ -26,7 +26,7 @@ def forecast(job: Job) -> Iterator[str]:
     steps, total = prompts.steps(job)
     job.forecast = predict(steps, recipe(job), total)
     if job.rollout.multi_turn.enable:
-        job.forecast = replace(job.forecast, working_set=working_set(job, len(steps[0]), job.forecast))
+        job.forecast = replace(job.forecast, working_set=working_set(job, len(steps[0])))
     job.facts["forecast"] = job.forecast.verdict
     if job.shares and job.forecast.share < FEW:
         yield job.forecast.verdict
@@ -45,13 +45,13 @@ def recipe(job: Job) -> Recipe:
     )
 
 
-def working_set(job: Job, prompts: int, found: Forecast) -> WorkingSet:
-    recipe = found.recipe
+def working_set(job: Job, batch: int) -> WorkingSet:
+    recipe, lengths = job.forecast.recipe, job.forecast.lengths
     return WorkingSet(
-        prompts=prompts,
+        prompts=batch,
         samples=recipe.samples,
         copies=min(recipe.replicas, recipe.samples) if recipe.spread or not recipe.routed else 1,
-        prompt_tokens=found.lengths.mean,
+        prompt_tokens=lengths.mean,
         answer_tokens=job.config.data.max_response_length,
         turns=job.rollout.multi_turn.max_assistant_turns,
         token_bytes=recipe.token_bytes,

@@ -55,7 +55,7 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
 def batch_size(job: Job) -> int:
     """Prompts between two weight updates.
 
-    verl's fully async trainer has a train_batch_size of 0. Its own words for them are required_samples *
+    In verl's fully async trainer train_batch_size is 0, and the number is required_samples *
     trigger_parameter_sync_step (FullyAsyncRollouter).
     """
     if size := job.config.data.train_batch_size:

@@ -52,16 +52,16 @@ def trainer(job: Job) -> Iterator[str]:
     """Let verl make its trainer, whose constructor checks the config. It starts nothing yet."""
     name = job.facts["trainer"] = kind(job)
     config = job.config
-    asserted: list[tuple[Any, str, str, Any]] = []
+    asserted: dict[str, Any] = {}
     if name in OWN_MAINS:  # their trainers are Ray actors, which need a cluster
         # Their mains do this first.
         job.rollout.nnodes, job.rollout.n_gpus_per_node = config.rollout.nnodes, config.rollout.n_gpus_per_node
-        asserted.append((config.actor_rollout_ref, "actor_rollout_ref", "hybrid_engine", False))
+        asserted["actor_rollout_ref.hybrid_engine"] = False
     if name == FULLY:  # FullyAsyncRollouter.__init__
-        asserted += [(config.data, "data", "train_batch_size", 0), (config.data, "data", "gen_batch_size", 1)]
-    for section, path, key, wanted in asserted:
-        if section[key] != wanted:
-            yield f"verl's {name} trainer asserts {path}.{key}={_yaml(wanted)}, it is {_yaml(section[key])}: set it"
+        asserted |= {"data.train_batch_size": 0, "data.gen_batch_size": 1}
+    for key, wanted in asserted.items():
+        if (given := OmegaConf.select(config, key)) != wanted:
+            yield f"verl's {name} trainer asserts {key}={_yaml(wanted)}, it is {_yaml(given)}: set it"
     if name in (*OWN_MAINS, "v0"):
         return
     from verl.trainer.ppo.v1 import get_trainer_cls
@@ -92,7 +92,7 @@ def _logs_info(job: Job) -> bool:
 
 
 def hybrid(job: Job) -> bool:
-    """Whether a trainer with standalone replicas has replicas on the training devices, too."""
+    """Whether a trainer with standalone replicas also has replicas on the training devices."""
     if kind(job) == FULLY:
         asynchronous = job.config.async_training
         return asynchronous.use_dynamic_resource_scheduling or asynchronous.use_trainer_do_validate
@@ -112,7 +112,7 @@ def pools(job: Job) -> dict[str, tuple[int, int]]:
 
 
 def only_validates(job: Job) -> bool:
-    """Whether hybrid replicas sleep but for validations: the standalone ones generate all that is trained on."""
+    """Whether hybrid replicas generate only for validation. The standalone ones then generate what is trained on."""
     if kind(job) == FULLY:
         return hybrid(job) and not job.config.async_training.use_dynamic_resource_scheduling
     return hybrid(job) and not job.config.trainer.v1.separate_async.hybrid_rollout.enable_switch
@@ -142,15 +142,15 @@ def weights(job: Job) -> Iterator[str]:
 
 def staleness(job: Job) -> Iterator[str]:
     """Compare how many versions of the weights a trajectory may span with how many its KV may come from."""
-    mode, versions = freshness.of(os.environ)
+    allowed, versions = freshness.of(os.environ)
     most = _versions(job)
     spans = "any number of versions" if most is None else f"{most} version{'s' if most > 1 else ''} at most"
-    job.facts["staleness"] = f"{mode}; a trajectory spans {spans}"
-    if mode == freshness.STRICT:
+    job.facts["staleness"] = f"{allowed}; a trajectory spans {spans}"
+    if allowed == freshness.STRICT:
         return
     if most == 1:
         yield (
-            f"{freshness.MODE}={mode} changes nothing with verl's {kind(job)} trainer: it trains on no request that "
+            f"{freshness.MODE}={allowed} changes nothing with verl's {kind(job)} trainer: it trains on no request that "
             "goes on across a weight update: unset it"
         )
     elif most is not None and versions > most:
@@ -161,11 +161,10 @@ def staleness(job: Job) -> Iterator[str]:
 
 
 def _versions(job: Job) -> int | None:
-    """How many versions of the weights a trajectory may span that verl trains on; None if there is no bound."""
+    """The most versions of the weights that a trajectory may span if verl trains on it; None if there is no bound."""
     name = kind(job)
     if name in ("colocate_async", "separate_async"):
-        sampler = job.config.trainer.v1.sampler
-        return sampler.max_off_policy_threshold
+        return job.config.trainer.v1.sampler.max_off_policy_threshold
     if name == FULLY and job.config.async_training.partial_rollout:
         return None
     return 1
