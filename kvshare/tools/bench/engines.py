@@ -68,7 +68,7 @@ def started(
     kinds: Sequence[str] = ("shared", "shared", "plain"),
     devices: Sequence[str] = (),
     offload: float = 0,
-    more: Sequence[str] = (),
+    arguments: Sequence[str] = (),
 ) -> Iterator[Engines]:
     """Start the backend's service and the engines, and end them with the context.
 
@@ -78,7 +78,7 @@ def started(
         kinds: of the engines: "shared", "plain", "offload".
         devices: CUDA devices, given to the engines in turn; none: they see all.
         offload: GiB of host memory for vLLM's own offloading, an engine.
-        more: arguments of all engines, which win over those of the config.
+        arguments: of all engines; they win over those of the config.
 
     Raises:
         NotStarted: a process ended, or was not healthy in time.
@@ -108,7 +108,7 @@ def started(
                 special = ["--kv-offloading-size", str(offload), "--kv-offloading-backend", "native"]
             url = f"http://127.0.0.1:{(port := ports.free_port())}"
             log = logs / f"engine-{number}-{kind}.log"
-            command = [*_ours(config["engine"]), "--host", "127.0.0.1", "--port", str(port), *special, *more]
+            command = [*_ours(config["engine"]), "--host", "127.0.0.1", "--port", str(port), *special, *arguments]
             running.append((kind, processes.start(command, log, own), url, log))
         for kind, child, url, log in running:
             health.wait_healthy(f"the {kind} engine", child, partial(_check, url), log, ENGINE_SECONDS)

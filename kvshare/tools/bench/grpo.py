@@ -33,7 +33,7 @@ class Replica(SteadyServer):
     """
 
     def __init__(self, endpoint: Endpoint, chunk_size: int, receiver: worker_events.Receiver | None) -> None:
-        super().__init__(stall=1.0)
+        super().__init__()
         self.endpoint = endpoint
         self._chunk_size, self._receiver = chunk_size, receiver
         self._computed: set[str] = set()  # digests

@@ -71,7 +71,7 @@ class Rollouts:
     devices: list[str]
     offload: float  # GiB
     repeat: int
-    limit: float  # seconds, of which engines take some to start, after which no further round begins
+    limit: float  # seconds, with the start of the engines, after which no further round begins
     arguments: list[str]  # of all engines
 
 

@@ -14,15 +14,10 @@ POLICY = policy.policy_id(policy.new_run(), 0)
 
 
 class SteadyServer:
-    """Subclasses run the requests, and report them to ``_prefixes`` and ``_rates``.
+    """Subclasses run the requests, and report them to ``_prefixes`` and ``_rates``."""
 
-    Args:
-        stall: as in ``Rates``.
-    """
-
-    def __init__(self, stall: float) -> None:
+    def __init__(self) -> None:
         self._prefixes, self._rates = StoredPrefixes(), Rates()
-        self._rates.stall = stall
 
     async def image_placeholders(self) -> list[int]:
         return []
