@@ -93,8 +93,8 @@ def _choice(
 def _cost(server: Server, rate: dict[str, float], prompt: Prompt, wait: float, has: int, load: int) -> Cost:
     """The cost on a server, with as many requests as usual at least.
 
-    A rollout sends all requests at once: a server that has few so far will soon have as many as usual, so it is not
-    less loaded than others yet. Samples of the same prompt do not stand still for it, because they need it themselves.
+    A rollout sends all requests at once. So a server that has few will soon have as many as usual, and counts as if it
+    had them. Samples of the same prompt do not count as stalled by it, because they need it themselves.
     """
     return cost(
         rate,
@@ -109,10 +109,10 @@ def _cost(server: Server, rate: dict[str, float], prompt: Prompt, wait: float, h
 
 
 def cheapest(options: list[Choice], prompt: Prompt, requests: dict[str, int]) -> Choice:
-    """Where a request costs least; the server of a conversation's last turn, if that has no more requests than usual.
+    """Where a request costs least, but a conversation's turn mostly stays on the server of the last one.
 
-    What a turn would gain on another server then, the turns of the conversations there would lose. From a server that
-    has more it moves if that saves more than to move there and back costs.
+    It stays while that server has no more requests than usual: what it would gain elsewhere, the conversations there
+    would lose. If the server has more, the turn moves if it saves more than moving there and back costs.
     """
     best = min(options, key=lambda option: option.cost.total)
     last = next((option for option in options if option.server == prompt.last), best)
@@ -122,7 +122,7 @@ def cheapest(options: list[Choice], prompt: Prompt, requests: dict[str, int]) ->
 
 
 def effort(move: Choice, stay: Choice) -> float:
-    """Seconds to compute and load a prompt where it is not, and of those that stand still meanwhile."""
+    """Seconds that moving a prompt takes: to compute and load it there, and of the requests stalled meanwhile."""
     return move.cost.prompt + move.cost.stall - stay.cost.prompt - stay.cost.stall
 
 

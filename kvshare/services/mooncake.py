@@ -45,7 +45,7 @@ def serve(url: str, metrics_port: int, memory: int) -> str:
             f"--rpc_port={address.port}",
             f"--metrics_host={address.hostname}",
             f"--metrics_port={metrics_port}",
-            # It never evicts what was read or looked up so recently. Ten seconds, its default, is all that fits.
+            # It never evicts what was read or looked up so recently. In ten seconds, its default, that is everything.
             f"--default_kv_lease_ttl={LEASE_MS}",
         ]
     )

@@ -37,9 +37,9 @@ class SharedMemory:
         self._thread.start()
 
     def free(self) -> None:
-        """Free our segments, except those that others use too. Call it when our processes have ended.
+        """Free our segments, except those that others still map. Call it when our processes have ended.
 
-        LMCache's server may be another's. Our engines map its segment, which is new if it was started again.
+        Our engines map the segment of LMCache's server, which may not be ours and may go on.
         """
         for name in self.ours.difference(*map(_mapped, psutil.pids())):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Valkey (or Redis) and Mooncake Store as the server of the remote backend, for who outgrows ``kvshare server``."""
+"""Valkey (or Redis) and Mooncake Store, servers of the remote backend for those who outgrow ``kvshare server``."""
 
 from __future__ import annotations
 
