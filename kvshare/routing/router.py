@@ -213,9 +213,9 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
     def _policy_changed(self, name: str) -> None:
         if self._state[name].policy is None:
             self._chunks.give_up(name)
-            if name in self._listener.silent and self._placed:  # not one that ends with the run
-                self._write_counters()
         self._chunks.keep_policies({server.policy for server in self._state.values()})
+        if self._placed:  # an async trainer may always have some; without any, servers end because the run does
+            self._write_counters()
 
 
 def _chunk_size() -> int:

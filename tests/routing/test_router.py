@@ -537,6 +537,20 @@ def test_only_a_silence_in_the_middle_of_requests_is_recorded(monkeypatch):
     scenario(test)
 
 
+def test_updates_record_the_counters_of_a_rollout_that_does_not_end(monkeypatch):
+    async def test(router, servers):
+        recorded = []
+        monkeypatch.setattr(router._event_log, "write", lambda op, **fields: recorded.append(fields["leaders"]))
+        await arrive(router, "a")
+        recorded.clear()  # the servers' first reports
+        for server in servers.values():
+            server.update("run-2")
+        await asyncio.sleep(0.001)
+        assert recorded == [1, 1]
+
+    scenario(test)
+
+
 def test_images_are_no_tokens():
     """Different images behind the same text: only the text before them is the same prompt."""
 
