@@ -25,7 +25,8 @@ def connector():
     """As kvshare's plugin mends it: all its hooks of this module, in their order."""
 
     class LMCacheConnectorV1Impl:
-        lookup_client, found, config = object(), None, SimpleNamespace(lookup_timeout_ms=1e9)
+        lookup_client, found = object(), None
+        config = SimpleNamespace(lookup_timeout_ms=1e9)
         _lmcache_chunk_size, _block_size = CHUNK, BLOCK
 
         def __init__(self, vllm_config, role, parent):
@@ -41,14 +42,21 @@ def connector():
         def start_load_kv(self, forward_context):
             pass
 
+        def wait_for_save(self):
+            pass
+
         def request_finished(self, request, block_ids):
             return False, None
+
+        def get_finished(self, finished_req_ids):
+            return None, None
 
     module = ModuleType(ADAPTER)
     module.LMCacheConnectorV1Impl = LMCacheConnectorV1Impl
     module.extract_request_configs = lambda sampling_params: {}
     patched = object.__new__(LMCacheConnectorV1Impl)
     patched.load_specs, patched._requests_priority, patched.asked = {}, {}, []
+    patched._request_trackers = {}
     for name, hook in vllm_plugin._HOOKS:
         if name == ADAPTER:
             path, function = hook.split(":")
