@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from kvshare.record.event_log import RUN_DIR
@@ -34,10 +35,16 @@ def ask() -> None:
 
 def own() -> str:
     """Transports of this process, in words; empty while none is known, or if its log cannot be read."""
+    log = _folder() / f"ucx-{os.getpid()}.log"
     try:
-        return transports([_folder() / f"ucx-{os.getpid()}.log"])
-    except OSError:  # the folder may be on NFS, and the caller is vLLM's worker
+        return _transports(log, log.stat().st_size)
+    except OSError:  # none yet, or the folder is on NFS that fails, and the caller is vLLM's worker
         return ""
+
+
+@lru_cache(1)  # vLLM asks in each step that loads, the log grows with connections
+def _transports(log: Path, size: int) -> str:
+    return transports([log])
 
 
 def of_run(folder: Path) -> str:

@@ -35,7 +35,7 @@ class Prompt:
     last: str | None = None  # server of the conversation's last turn
     last_tokens: int = 0  # of the last turn
     usual: float = 0.0  # other requests that a server has when all are busy
-    samples: float = 0.0  # requests with the same prompt, on average; 0 until a rollout has ended
+    samples: float = 0.0  # requests with the same prompt, on average; 0 until a rollout or an update has ended
 
 
 def choices(

@@ -70,7 +70,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         self._placed: dict[tuple[str, str], list[Placed]] = {}  # by server and request id, oldest first
         self._most: FIFOCache = FIFOCache(POLICIES)  # policy -> the most requests that ran at the same time
         self._requests = 0  # so far
-        self._samples = 0.0  # requests with the same prompt, on average over the rollouts that have ended
+        self._samples = 0.0  # requests with the same prompt, on average until the last rollout or update ended
         self._watchers: set[asyncio.Task] = set()
         self._counts = Counts()
         self._event_log = EventLog("router", os.environ.get(RUN_DIR))
@@ -113,8 +113,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         if placed.leader and not placed.leader.outcome.done():
             asyncio.get_running_loop().call_later(AFTER_RELEASE, self._chunks.settle, placed.leader, False)
         if not self._placed:
-            self._samples = self._requests / max(1, self._counts.leaders)
-            self._write_counters()
+            self._take_stock()
 
     def add_servers(self, servers: dict[str, Any]) -> None:
         self.remove_servers([name for name in servers if name in self._state])  # a server that comes back is a new one
@@ -139,7 +138,8 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             "silent": sorted(self._listener.silent.intersection(self._servers)),
         }
 
-    def _write_counters(self) -> None:
+    def _take_stock(self) -> None:
+        self._samples = self._requests / max(1, self._counts.leaders)
         self._event_log.write("routing", **self._counters())
 
     # -- placing ------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
             self._chunks.give_up(name)
         self._chunks.keep_policies({server.policy for server in self._state.values()})
         if self._placed:  # an async trainer may always have some; without any, servers end because the run does
-            self._write_counters()
+            self._take_stock()
 
 
 def _chunk_size() -> int:

@@ -61,7 +61,7 @@ def serve(url: str, metrics_port: int, memory: int) -> str:
 
 
 def check(url: str) -> str:
-    """Put an entry and read it; return what is wrong, if anything."""
+    """Put an entry, read it, and remove it; return what is wrong, if anything."""
     store, problem = _connect(url, 0)
     if problem:
         return problem
@@ -69,7 +69,9 @@ def check(url: str) -> str:
     done = store.put(key, b"kvshare")
     if done:
         return f"it has no memory for an entry (error {done})"
-    return "" if store.get(key) == b"kvshare" else "an entry cannot be read"
+    found = store.get(key)
+    store.remove(key, force=True)  # else its lease, of the read, would keep it
+    return "" if found == b"kvshare" else "an entry cannot be read"
 
 
 def _connect(url: str, memory: int) -> tuple[Any, str]:
