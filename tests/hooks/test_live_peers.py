@@ -69,6 +69,16 @@ def test_all_at_once(peers):
             assert list(pool.map(lambda pair: pair[0].load(pair[1]), asked)) == [WHOLE] * 3
 
 
+def test_what_was_loaded_is_kept(peers):
+    """Else a replica finds nothing of its own behind it."""
+    writer, reader, _ = peers
+    number = next(numbers)
+    writer.store(number)
+    assert until(partial(reader.load, number)) == WHOLE
+    assert writer.used() == 0  # it has lost all that it had
+    assert reader.load(number) == WHOLE
+
+
 @pytest.mark.slow
 def test_controller_dies_and_returns(peers, controller):
     one, two, three = peers

@@ -3,6 +3,7 @@
 LMCache 0.5.6 has these errors:
 
 * It loads only from the first replica that has the first chunk.
+* It does not keep what it has loaded, as its other loads do, and then finds nothing of its own behind it.
 * It waits forever for a replica that has died, and holds a lock that every other connection needs. Or it raises an
   error, and the scheduler gets no answer.
 * After a timeout it frees the memory that a replica was asked to write to (``p2p_memory``).
@@ -166,6 +167,9 @@ async def _get(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> list[An
                 arrived += await load(peer, lookup_id, keys[begin : begin + count], spec)
             if len(arrived) < begin + count:
                 break
+        # The next lookup then begins in the local tier. LMCache looks there first, and for the rest at other replicas, so
+        # it would not find what this replica itself stored after a beginning that only another one has.
+        backend.local_cpu_backend.batched_submit_put_task(keys[: len(arrived)], arrived)
         return arrived
 
     async def load(peer: Any, lookup_id: str, keys: list[Any], spec: Any) -> list[Any]:
