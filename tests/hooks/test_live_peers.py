@@ -29,7 +29,9 @@ def peers(start):
     started = [start(rank, str(rank)) for rank in range(3)]
     for writer, reader in itertools.permutations(started, 2):
         wait_until_shared(writer, reader)
-    return started
+    yield started
+    for peer in started:  # which take 750 MiB each
+        peer.kill()
 
 
 def loads(writer, reader):

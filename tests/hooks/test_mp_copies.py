@@ -156,8 +156,13 @@ def test_a_store_given_up_ends_before_vllm_frees_its_blocks(start, background, h
     worker.fill(2)
     worker.store("given up")
     assert held.waiting.wait(STUCK)
-    worker.adapter._health_event.clear()
-    polled = runs(worker.adapter.get_finished, {"given up"})
+
+    def give_up():
+        while worker.adapter.store_futures:
+            worker.adapter._health_event.clear()  # a heartbeat sets it again
+            worker.adapter.get_finished({"given up"})
+
+    polled = runs(give_up)
     until(lambda: not worker.adapter.store_futures)
     polled.join(0.5)
     assert polled.is_alive()
