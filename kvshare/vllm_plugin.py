@@ -41,6 +41,7 @@ _HOOKS = (
     ("lmcache.v1.storage_backend.remote_backend", "lmcache.remote_puts:patch_remote_backend"),
     ("lmcache.v1.storage_backend.storage_manager", "lmcache.remote_puts:patch_storage_manager"),
     ("lmcache.integration.vllm.lmcache_mp_connector", "lmcache.mp_connector:patch_connector"),
+    ("lmcache.integration.vllm.lmcache_mp_connector", "lmcache.skip_local_hits:patch_mp_connector"),
     ("lmcache.integration.vllm.lmcache_mp_connector", "lmcache.opt_out:patch_mp_connector"),
     ("lmcache.integration.vllm.lmcache_mp_connector", "lmcache.generated:patch_mp_connector"),
     ("lmcache.integration.vllm.lmcache_mp_metadata", "lmcache.mp_connector:patch_metadata"),

@@ -66,6 +66,16 @@ def test_what_the_engine_has_itself_is_not_moved(engines, backend, prompt):
     assert sorted(answer.cached >= WHOLE for answer in answers) == [False, True, True, True, True]
 
 
+def test_samples_that_come_together_load_their_prompt_once(engines, prompt):
+    first, second = engines
+    cold = first.ask(prompt, "run-1")
+    start = len(second.events)
+    for answer in second.ask_together(4, prompt, "run-1"):
+        same(cold, answer)
+        assert answer.cached >= WHOLE
+    assert second.hits(start) == WHOLE
+
+
 def test_another_policy_finds_nothing(engines, prompt):
     first, second = engines
     cold = first.ask(prompt, "run-1")

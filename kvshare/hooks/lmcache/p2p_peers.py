@@ -167,8 +167,8 @@ async def _get(wrapped: Any, backend: Any, args: tuple, kwargs: dict) -> list[An
                 arrived += await load(peer, lookup_id, keys[begin : begin + count], spec)
             if len(arrived) < begin + count:
                 break
-        # The next lookup then begins in the local tier. LMCache looks there first, and for the rest at other replicas, so
-        # it would not find what this replica itself stored after a beginning that only another one has.
+        # The next lookup then begins in the local tier. LMCache looks there first, and for the rest at other replicas.
+        # So it would not find what this replica itself stored after a beginning that only another one has.
         backend.local_cpu_backend.batched_submit_put_task(keys[: len(arrived)], arrived)
         return arrived
 

@@ -30,14 +30,22 @@ class FirstRequest(NamedTuple):
     until: float  # time.monotonic() until which other requests wait for its lookup and load
 
     def is_pending(self) -> bool:
+        """With ``mp``, vLLM sets WAITING_FOR_REMOTE_KVS while the worker loads."""
         request = self.request()
-        return request is not None and request.status.name == "WAITING" and time.monotonic() < self.until
+        waiting = request is not None and request.status.name in ("WAITING", "WAITING_FOR_REMOTE_KVS")
+        return waiting and time.monotonic() < self.until
 
 
 @optional("LMCache loads and stores again what vLLM's prefix cache has")
 def patch_adapter(module: Any) -> None:
     wrap(module, "LMCacheConnectorV1Impl.get_num_new_matched_tokens", _matched, "request", "num_computed_tokens")
     wrap(module, "LMCacheConnectorV1Impl.request_finished", _finished, "request")
+
+
+@optional("Samples of a prompt that arrive together each load it")
+def patch_mp_connector(module: Any) -> None:
+    """Its server sees to it that nothing is stored twice, and it loads nothing that vLLM has."""
+    wrap(module, "LMCacheMPConnector.get_num_new_matched_tokens", _mp_matched, "request", "num_computed_tokens")
 
 
 def _matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> int | None:
@@ -59,6 +67,22 @@ def _matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> int | N
             timeout = connector.config.lookup_timeout_ms / 1000
             prompts[prompt] = FirstRequest(weakref.ref(request), time.monotonic() + timeout)
         return found
+
+    return matched(*args, **kwargs)
+
+
+def _mp_matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> tuple[int | None, bool]:
+    def matched(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if not getattr(request, "kvshare_looked_up", False):
+            prompts, prompt = _prompts(connector), _prompt_key(request, len(request.block_hashes))
+            first = prompts.get(prompt)
+            if first and first.is_pending():
+                return None, True
+            request.kvshare_looked_up = True
+            if prompt:
+                timeout = connector.scheduler_adapter._mq_timeout
+                prompts[prompt] = FirstRequest(weakref.ref(request), time.monotonic() + timeout)
+        return wrapped(request, num_computed_tokens)
 
     return matched(*args, **kwargs)
 
