@@ -17,7 +17,8 @@ from kvshare.tools.bench.steady_server import POLICY, SteadyServer
 CHUNK = 256  # tokens; also the granularity of the engine's prefix cache here
 BUDGET = 8192  # tokens a step, vLLM's default on an H100
 SEQUENCES = 256  # running requests
-POOL = 11 * 2**30 // 57_344  # tokens of KV
+TOKEN = 57_344  # bytes of KV of a token
+POOL = 11 * 2**30 // TOKEN  # tokens of KV
 FIRST, DEEP = 18.2e-6, 0.96e-9  # seconds to compute a token, and more for each token before it (1,024 to 16,384)
 LOAD = 500_000  # tokens a second from LMCache's server, in the background
 DELAY = 0.08  # seconds from the end of a prefill until others find it
@@ -83,7 +84,7 @@ class Engine(SteadyServer):
     def __init__(self, stored: set[str] | None, pool: int = POOL, sequences: int = SEQUENCES) -> None:
         super().__init__()
         self._rates.stall = 0.0  # by CUDA IPC, with which the H200s were measured, `mp` loads in the background
-        self.computed = 0  # tokens
+        self.counts: Counter[str] = Counter()  # tokens computed, loaded and stored; lookups of LMCache's server
         self._stored, self._cache, self._sequences = stored, Cache(pool), sequences
         self._waiting, self._running = deque[Request](), list[Request]()
         self._arrived, self._received = asyncio.Event(), 0.0
@@ -137,7 +138,7 @@ class Engine(SteadyServer):
         for request in decoding:
             request.generated += done
         for request, begin, end in parts:
-            self.computed += end - begin
+            self.counts["computed"] += end - begin
             if end == request.prompt:
                 self._first_token(request)
         for request in [request for request in self._running if request.generated >= request.answer]:
@@ -176,6 +177,7 @@ class Engine(SteadyServer):
         local = sum(1 for _ in itertools.takewhile(lambda chunk: chunk in self._cache, request.chunks))
         found = local
         if self._stored is not None and not request.loaded:
+            self.counts["lookups"] += 1
             found += sum(1 for _ in itertools.takewhile(lambda c: c in self._stored, request.chunks[local:]))
             if found > local:
                 self._waiting.remove(request)
@@ -187,6 +189,7 @@ class Engine(SteadyServer):
 
     def _loaded(self, request: Request, found: int, seconds: float) -> None:
         self._rates.loaded(round(seconds * LOAD), seconds)
+        self.counts["loaded"] += round(seconds * LOAD)
         request.loaded, request.cached = True, min(found * CHUNK, request.prompt - 1)
         self._cache.pin(request.chunks[:found])
         self._cache.unpin(request.chunks[:found])
@@ -205,6 +208,7 @@ class Engine(SteadyServer):
 
     def _store(self, request: Request) -> None:
         assert self._stored is not None
+        self.counts["stored"] += CHUNK * len(set(request.chunks) - self._stored)
         self._stored |= set(request.chunks)
         self._rates.stored(DELAY)
         self._prefixes.stored(request.name, len(request.chunks) * CHUNK)

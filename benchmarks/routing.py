@@ -12,13 +12,14 @@ import itertools
 import math
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-from engine import CHUNK, CONTEXT, POOL, SEQUENCES, STEP, Engine, prefill_seconds
+from engine import CHUNK, CONTEXT, POOL, SEQUENCES, STEP, TOKEN, Engine, prefill_seconds
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 from virtual_time import run
 
@@ -35,7 +36,8 @@ class Outcome:
     amplification: float
     firsts: list[float]  # seconds to the first token of each request
     holds: list[float]  # seconds until each request was sent to a replica
-    counts: dict[str, Any]
+    counts: dict[str, Any]  # of the router
+    traffic: Counter[str]  # of the engines
 
 
 # Makes a router of the replicas' handles.
@@ -65,7 +67,7 @@ async def _simulate(
     stores = {"shared": lambda: shared, "own": set[str], "none": lambda: None}
     engines = {str(i): Engine(stores[store](), pool, sequences) for i in range(replicas)}
     router = make({name: Handle(engine) for name, engine in engines.items()})
-    now, outcome = asyncio.get_running_loop().time, Outcome(0.0, 0.0, [], [], {})
+    now, outcome = asyncio.get_running_loop().time, Outcome(0.0, 0.0, [], [], {}, Counter())
 
     longest = dict[int, int]()
     for text, turns in itertools.chain(*steps):
@@ -101,14 +103,19 @@ async def _simulate(
             await asyncio.sleep(pause)
 
     for number, step in enumerate(steps):
-        begun, computed = now(), sum(engine.computed for engine in engines.values())
+        begun, before = now(), _sum(engines)
         outcome.firsts, outcome.holds = [], []
         await asyncio.gather(*(converse(f"{number}/{i}", conversation) for i, conversation in enumerate(step)))
     outcome.makespan = now() - begun
     distinct = {text: turns[-1][0] for text, turns in steps[-1]}
-    outcome.amplification = (sum(e.computed for e in engines.values()) - computed) / sum(distinct.values())
+    outcome.traffic = _sum(engines) - before
+    outcome.amplification = outcome.traffic["computed"] / sum(distinct.values())
     outcome.counts = router.get_status()
     return outcome
+
+
+def _sum(engines: dict[str, Engine]) -> Counter[str]:
+    return sum((engine.counts for engine in engines.values()), Counter[str]())
 
 
 def simulate(*args: Any, **kwargs: Any) -> Outcome:
@@ -171,19 +178,27 @@ class Cell:
             for k in range(WARM_UP + 1)
         ]
 
+    def run(self, router: str, seed: int) -> Outcome:
+        return simulate(
+            ROUTERS[router],
+            self.steps(seed),
+            self.replicas,
+            seed,
+            store="shared" if router == "kvshare" else "own",
+            pool=POOL if self.prompts == "turns" else 2 * POOL,
+        )
+
     def makespan(self, router: str) -> float:
         """Mean over several seeds, in seconds."""
-        return statistics.fmean(
-            simulate(
-                ROUTERS[router],
-                self.steps(seed),
-                self.replicas,
-                seed,
-                store="shared" if router == "kvshare" else "own",
-                pool=POOL if self.prompts == "turns" else 2 * POOL,
-            ).makespan
-            for seed in self._seeds()
-        )
+        return statistics.fmean(self.run(router, seed).makespan for seed in self._seeds())
+
+    def traffic(self) -> dict[str, float]:
+        """What all replicas together ask of LMCache, a second, with kvshare's router: GB stored, GB loaded, lookups."""
+        done = self.run("kvshare", seed=0)
+        per_second = {name: count / done.makespan for name, count in done.traffic.items()}
+        return {name: per_second.get(name, 0.0) * TOKEN / 1e9 for name in ("stored", "loaded")} | {
+            "lookups": per_second["lookups"]
+        }
 
     def least(self) -> float:
         """Seconds that no router can be faster than, whatever it knows of the answers; mean over the same seeds."""
@@ -203,6 +218,9 @@ CELLS = [
 ]
 
 
+BUSY = [cell for cell in CELLS if cell.replicas > 2 and cell.tokens in (4096, 16384) and cell.answers == "even"]
+
+
 def compare(cell: Cell) -> dict[str, float]:
     """Makespans by router, how far kvshare is ahead of the best other one, and how far any router could be at most."""
     found = {router: cell.makespan(router) for router in ROUTERS}
@@ -220,10 +238,21 @@ def table(found: dict[Cell, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def traffic_table(found: dict[Cell, dict[str, float]]) -> str:
+    lines = ["| replicas | prompts | tokens | stored, GB/s | loaded, GB/s | lookups a second |", "|---" * 6 + "|"]
+    for cell, row in found.items():
+        shape = f"| {cell.replicas} | {cell.prompts} | {cell.tokens:,} |"
+        lines.append(f"{shape} {row['stored']:.1f} | {row['loaded']:.1f} | {row['lookups']:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--traffic", action="store_true", help="what the replicas ask of LMCache (docs/multi-node.md)")
+    traffic = parser.parse_args().traffic
+    cells, measure, show = (BUSY, Cell.traffic, traffic_table) if traffic else (CELLS, compare, table)
     with ProcessPoolExecutor() as pool:
-        print(table(dict(zip(CELLS, pool.map(compare, CELLS), strict=True))))
+        print(show(dict(zip(cells, pool.map(measure, cells), strict=True))))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared
 settings.load_profile("noisy")
 health.TIMEOUT = 60
+PATIENCE = {"LMCACHE_BLOCKING_TIMEOUT_SECS": os.environ.get("LMCACHE_BLOCKING_TIMEOUT_SECS", "10")}
+"""Of engines with their server. After the 2 s of config/ a busy machine has not always answered."""
 os.environ.update(QUIET, LMCACHE_LOG_LEVEL="WARNING")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # scripts find this Python
 
@@ -88,7 +90,7 @@ def start_engine(processes, backend, weights, tmp_path_factory):
 
     def start(rank: int, name: str, *options: str, **more: str) -> Engine:
         given = {"connector": backend.connector, "options": options}
-        return Engine(processes, rank, model, folder / f"{name}.log", backend.environment | more, **given)
+        return Engine(processes, rank, model, folder / f"{name}.log", PATIENCE | backend.environment | more, **given)
 
     start.model = model
     return start
