@@ -74,7 +74,9 @@ def _matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> int | N
 def _mp_matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> tuple[int | None, bool]:
     def matched(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         if not getattr(request, "kvshare_looked_up", False):
-            prompts, prompt = _prompts(connector), _prompt_key(request, len(request.block_hashes))
+            chunk = connector.scheduler_adapter.lmcache_tokens_per_chunk
+            blocks = len(request.block_hashes) if request.num_tokens >= chunk else 0
+            prompts, prompt = _prompts(connector), _prompt_key(request, blocks)
             first = prompts.get(prompt)
             if first and first.is_pending():
                 return None, True
