@@ -2,8 +2,8 @@
 # Train Qwen with GRPO (or PPO) on GSM8K with verl, on a machine with no accelerator;
 # rollout replicas of a host share KV through one lmcache server, LMCache's multi-process one.
 #
-# Before, once:              kvshare prepare --shots 8 --tiny-model
-# Before, in another shell:  kvshare services up --backend mp
+# Before, once:              kvshare prepare --offline --shots 8 --tiny-model
+# Before:                    eval "$(kvshare services up --backend mp)"
 # Then:                      bash run_qwen_mp_backend_cpu.sh [Hydra overrides of verl's config]
 #
 # MODEL_PATH           model to train                   (models/tiny-qwen2)
@@ -14,7 +14,7 @@
 # LMCache_CONFIG_FILE  LMCache settings                 (config/mp_backend_config.yaml)
 # ROUTER               router YAML, null: verl's own    (config/router_spread.yaml)
 # KVSHARE_RUN_DIR      metrics, events and the report   (outputs/mp-<time>)
-# START_SERVICES=1     start what the second line above says, on this host, and end it with the run
+# START_SERVICES=1     start the service too, as kvshare services up does, and end it with the run
 # DRY_RUN=1            print environment and command, start nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -14,7 +14,7 @@
 # LMCache_CONFIG_FILE  LMCache settings                 (config/p2p_backend_config.yaml)
 # ROUTER               router YAML, null: verl's own    (config/router.yaml)
 # KVSHARE_RUN_DIR      metrics, events and the report   (outputs/p2p-<time>)
-# START_SERVICES=1     start what the second line above says, on this host, and end it with the run
+# START_SERVICES=1     start the service too, as kvshare services up does, and end it with the run
 # DRY_RUN=1            print environment and command, start nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -2,7 +2,7 @@
 # Train Qwen with GRPO (or PPO) on GSM8K with verl, on a machine with no accelerator;
 # rollout replicas share KV through one lmcache_server.
 #
-# Before, once:              kvshare prepare --shots 8 --tiny-model
+# Before, once:              kvshare prepare --offline --shots 8 --tiny-model
 # Before, in another shell:  lmcache_server localhost 65432
 # Then:                      bash run_qwen_remote_backend_cpu.sh [Hydra overrides of verl's config]
 #
@@ -14,7 +14,7 @@
 # LMCache_CONFIG_FILE  LMCache settings                 (config/remote_backend_config.yaml)
 # ROUTER               router YAML, null: verl's own    (config/router_spread.yaml)
 # KVSHARE_RUN_DIR      metrics, events and the report   (outputs/remote-<time>)
-# START_SERVICES=1     start what the second line above says, on this host, and end it with the run
+# START_SERVICES=1     start the service too, as kvshare services up does, and end it with the run
 # DRY_RUN=1            print environment and command, start nothing
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -83,8 +83,8 @@ class Engine(SteadyServer):
 
     def __init__(self, stored: set[str] | None, pool: int = POOL, sequences: int = SEQUENCES) -> None:
         super().__init__()
-        self._rates.stall = 0.0  # by CUDA IPC, with which the H200s were measured, `mp` loads in the background
-        self.counts: Counter[str] = Counter()  # tokens computed, loaded and stored; lookups of LMCache's server
+        self._rates.stall = 0.0  # by CUDA IPC, as on the H100s that it is compared with, `mp` loads in the background
+        self.counts: Counter[str] = Counter()  # tokens computed, loaded, and sent to be stored
         self._stored, self._cache, self._sequences = stored, Cache(pool), sequences
         self._waiting, self._running = deque[Request](), list[Request]()
         self._arrived, self._received = asyncio.Event(), 0.0
@@ -177,7 +177,6 @@ class Engine(SteadyServer):
         local = sum(1 for _ in itertools.takewhile(lambda chunk: chunk in self._cache, request.chunks))
         found = local
         if self._stored is not None and not request.loaded:
-            self.counts["lookups"] += 1
             found += sum(1 for _ in itertools.takewhile(lambda c: c in self._stored, request.chunks[local:]))
             if found > local:
                 self._waiting.remove(request)
@@ -208,7 +207,7 @@ class Engine(SteadyServer):
 
     def _store(self, request: Request) -> None:
         assert self._stored is not None
-        self.counts["stored"] += CHUNK * len(set(request.chunks) - self._stored)
+        self.counts["stored"] += CHUNK * len(request.chunks) - request.cached // CHUNK * CHUNK
         self._stored |= set(request.chunks)
         self._rates.stored(DELAY)
         self._prefixes.stored(request.name, len(request.chunks) * CHUNK)

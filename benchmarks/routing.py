@@ -193,12 +193,13 @@ class Cell:
         return statistics.fmean(self.run(router, seed).makespan for seed in self._seeds())
 
     def traffic(self) -> dict[str, float]:
-        """What all replicas together ask of LMCache, a second, with kvshare's router: GB stored, GB loaded, lookups."""
+        """What all replicas together ask of LMCache, a second, with kvshare's router: GB stored, GB loaded, lookups.
+
+        Averages over the rollout of one seed. Every request is looked up once.
+        """
         done = self.run("kvshare", seed=0)
-        per_second = {name: count / done.makespan for name, count in done.traffic.items()}
-        return {name: per_second.get(name, 0.0) * TOKEN / 1e9 for name in ("stored", "loaded")} | {
-            "lookups": per_second["lookups"]
-        }
+        rates = {name: done.traffic[name] * TOKEN / 1e9 / done.makespan for name in ("stored", "loaded")}
+        return rates | {"lookups": len(done.firsts) / done.makespan}
 
     def least(self) -> float:
         """Seconds that no router can be faster than, whatever it knows of the answers; mean over the same seeds."""

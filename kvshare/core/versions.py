@@ -133,4 +133,4 @@ def _misfits(fit: Fit, backend: str) -> Iterator[str]:
 def _fix(fit: Fit, package: str) -> str:
     if package == fit.build:
         return f"build it, the command is in requirements/{fit.file}"
-    return f"pip install -r requirements/{fit.file}"
+    return f"pip install --no-deps -r requirements/{fit.file}"

@@ -175,3 +175,46 @@ def test_a_request_that_was_never_scheduled_leaves_nothing_behind(connector):
     assert list(connector.load_specs) == ["b"]
     connector.request_finished(request("b"), [])
     assert (connector.load_specs, connector._requests_priority, forgotten) == ({}, {}, ["b"])
+
+
+# -- multi-process connector ------------------------------------------------------------------
+
+
+@pytest.fixture
+def mp():
+    connector = SimpleNamespace(asked=[])
+    connector.scheduler_adapter = SimpleNamespace(lmcache_tokens_per_chunk=CHUNK, _mq_timeout=1e9)
+    connector._vllm_config = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=True))
+
+    def answer(request, num_computed_tokens):
+        connector.asked.append(request.request_id)
+        return 4 * CHUNK - num_computed_tokens, True
+
+    connector.ask = lambda request, in_vllm=0: skip_local_hits._mp_matched(answer, connector, (request, in_vllm), {})
+    return connector
+
+
+def test_samples_wait_while_the_first_one_loads(mp):
+    first, *others = (request(str(i)) for i in range(4))
+    assert mp.ask(first) == (4 * CHUNK, True)
+    for first.status in (RequestStatus.WAITING, RequestStatus.WAITING_FOR_REMOTE_KVS):
+        assert [mp.ask(other) for other in others] == [(None, True)] * 3
+    first.status = RequestStatus.RUNNING
+    assert [mp.ask(other, 4 * CHUNK) for other in others] == [(0, True)] * 3
+    assert mp.asked == ["0", "1", "2", "3"]
+
+
+def test_samples_do_not_wait_for_each_other(mp):
+    """If vLLM has less than all of it when the first runs, e.g. because it is computed in several steps."""
+    samples = [request(str(i)) for i in range(4)]
+    mp.ask(samples[0])
+    samples[0].status = RequestStatus.RUNNING
+    assert all(mp.ask(sample, CHUNK)[0] is not None for sample in samples[1:])
+
+
+def test_nobody_waits_for_what_vllm_will_not_have(mp):
+    short = [request(name, PROMPT[: CHUNK - 1]) for name in ("a", "b")]
+    assert all(mp.ask(sample)[0] is not None for sample in short)
+    mp._vllm_config.cache_config.enable_prefix_caching = False
+    samples = [request(name) for name in ("c", "d")]
+    assert all(mp.ask(sample)[0] is not None for sample in samples)

@@ -40,5 +40,5 @@ def test_what_is_not_installed_is_one_line(kvshare, command):
     arguments = [kvshare, command, "--backend", "remote", "--device", "cuda"]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd="/")
     assert done.returncode == 2
-    assert "package torch is missing: pip install -r requirements/gpu" in done.stderr
+    assert "package torch is missing: pip install --no-deps -r requirements/gpu" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,9 +2,9 @@
 
 LMCache 0.5.6 looks up the whole prompt of every request. With ``enable_async_loading`` (P2P), it also loads the tokens
 that vLLM's prefix cache has. If several samples of a prompt arrive together, each of them loads or stores the prompt.
-On an H100 each spent 300 ms on 16,384 tokens that the first had loaded (docs/benchmarks/h100.md). With this wrap, only
-the first sample uses LMCache, and the others use vLLM's prefix cache. A prompt that continues an earlier answer is a
-new prompt: vLLM has the KV of the answer, and LMCache has not.
+On an H100 each spent 300 ms on 16,384 tokens that the first had loaded (docs/benchmarks/h100.md). With these wraps,
+only the first sample loads and stores, and the others use vLLM's prefix cache. A prompt that continues an earlier
+answer is a new prompt: vLLM has the KV of the answer, and LMCache has not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def patch_adapter(module: Any) -> None:
 
 @optional("Samples of a prompt that arrive together each load it")
 def patch_mp_connector(module: Any) -> None:
-    """Its server sees to it that nothing is stored twice, and it loads nothing that vLLM has."""
+    """This connector loads nothing that vLLM has, and its server stores nothing twice."""
     wrap(module, "LMCacheMPConnector.get_num_new_matched_tokens", _mp_matched, "request", "num_computed_tokens")
 
 
@@ -73,15 +73,15 @@ def _matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> int | N
 
 def _mp_matched(wrapped: Any, connector: Any, args: tuple, kwargs: dict) -> tuple[int | None, bool]:
     def matched(request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        if not getattr(request, "kvshare_looked_up", False):
-            chunk = connector.scheduler_adapter.lmcache_tokens_per_chunk
-            blocks = len(request.block_hashes) if request.num_tokens >= chunk else 0
-            prompts, prompt = _prompts(connector), _prompt_key(request, blocks)
+        chunk = connector.scheduler_adapter.lmcache_tokens_per_chunk
+        missing = request.num_tokens // chunk * chunk - num_computed_tokens
+        if missing >= chunk and not getattr(request, "kvshare_looked_up", False):
+            prompts, prompt = _prompts(connector), _prompt_key(request, len(request.block_hashes))
             first = prompts.get(prompt)
-            if first and first.is_pending():
+            if first and first.is_pending() and connector._vllm_config.cache_config.enable_prefix_caching:
                 return None, True
             request.kvshare_looked_up = True
-            if prompt:
+            if prompt and (first is None or first.request() is None):  # else the others would wait one after the other
                 timeout = connector.scheduler_adapter._mq_timeout
                 prompts[prompt] = FirstRequest(weakref.ref(request), time.monotonic() + timeout)
         return wrapped(request, num_computed_tokens)

@@ -33,7 +33,7 @@ def compiled(job: Job) -> Iterator[str]:
     import torch
 
     found = next(filter(None, map(_extension, CUDA_CODE)), None)
-    fix = "pip install -r requirements/gpu.txt, or build it with the command in requirements/gpu-verl.txt"
+    fix = "pip install --no-deps -r requirements/gpu.txt, or build it with the command in requirements/gpu-verl.txt"
     if found is None:
         yield f"LMCache was built without its CUDA code, it would copy KV slowly: {fix}"
         return
