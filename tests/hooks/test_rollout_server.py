@@ -154,12 +154,18 @@ def test_update_that_fails_is_not_silent(server, calls, monkeypatch):
 def test_aborted_requests_are_stored_unless_nobody_may_read_them(server, calls, monkeypatch, mode, reject, resets):
     """After a reset running requests store nothing. verl rejects late requests when a replica leaves the rotation."""
 
-    async def abort_all_requests(self, reset_prefix_cache, reject_request):
-        return {"resets": calls.resets}
+    async def pause():
+        paused.append(calls.resets)
 
+    async def abort_all_requests(self, reset_prefix_cache, reject_request):
+        assert calls.resets == 0  # verl waits here for those that have no token yet
+        await server._forgetting(pause)()
+
+    paused = []
     monkeypatch.setattr(KVShareServer.__mro__[1], "abort_all_requests", abort_all_requests)
     monkeypatch.setenv(freshness.MODE, mode)
-    assert asyncio.run(server.abort_all_requests(reject_request=reject)) == {"resets": resets}
+    asyncio.run(server.abort_all_requests(reject_request=reject))
+    assert paused == [resets]
 
 
 def test_engine_that_has_died_is_reported(server, monkeypatch):

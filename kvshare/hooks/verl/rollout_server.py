@@ -46,6 +46,7 @@ check.parameters(vllm_async_server, "vLLMHttpServer._get_worker_extension_cls", 
 check.parameters(vllm_async_server, "vLLMReplica.__init__", "replica_rank")
 check.parameters(vllm_async_server, "vLLMReplica.launch_servers", "self")
 check.parameters(async_llm, "AsyncLLM.generate", "prompt", "sampling_params", "request_id")
+check.parameters(async_llm, "AsyncLLM.pause_generation", "self")
 check.parameters(core_client, "AsyncMPClient.add_request_async", "request")
 
 SINGLE_TURN = "single_turn_agent"
@@ -65,6 +66,7 @@ class KVShareServer(vLLMHttpServer):
         self._policy = ReplicaPolicy(self.run, freshness.of(os.environ).versions)
         self._stamps: dict[str, Stamp] = {}  # by request id, of the requests that generate
         self._warned = self._paused = False
+        self._keeps_aborted = True  # what aborted requests have generated is stored
         os.environ[worker_events.ADDRESS] = self._record.address  # the engine's processes inherit it
         super().__init__(replica_rank=replica_rank, node_rank=node_rank, gpus_per_node=gpus_per_node, **kwargs)
         if self.config.multi_turn.enable or self.config.agent.default_agent_loop != SINGLE_TURN:
@@ -89,6 +91,9 @@ class KVShareServer(vLLMHttpServer):
         self._record.rates.stall = self._stall()
         self._watching = asyncio.create_task(self._watch_engine())
         self.engine.generate = self._recorded(self.engine.generate)  # type: ignore[method-assign, assignment]
+        self.engine.pause_generation = self._forgetting(  # type: ignore[method-assign, assignment]
+            self.engine.pause_generation
+        )
         core = self.engine.engine_core
         core.add_request_async = self._stamped(core.add_request_async)
         self._follow_workers(args)
@@ -150,9 +155,22 @@ class KVShareServer(vLLMHttpServer):
         """
         self._paused = True  # requests that come are not sent until verl resumes the replica
         self._announce_policy()
-        if self.node_rank == 0 and not reject_request and freshness.of(os.environ).mode == freshness.STRICT:
-            await self.engine.reset_prefix_cache(reset_connector=True)  # running requests store nothing after it
+        self._keeps_aborted = reject_request or freshness.of(os.environ).mode != freshness.STRICT
         return await super().abort_all_requests(reset_prefix_cache, reject_request)
+
+    def _forgetting(self, pause: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        """Wrap ``AsyncLLM.pause_generation``, which aborts: after a reset running requests store nothing.
+
+        verl first waits for the first token of each request that it has sent, up to a minute. Reset before that, those
+        that still wait would compute their prompts apart.
+        """
+
+        async def forgetting(*args: Any, **kwargs: Any) -> None:
+            if not self._keeps_aborted:
+                await self.engine.reset_prefix_cache(reset_connector=True)
+            await pause(*args, **kwargs)
+
+        return forgetting
 
     async def set_global_steps(self, global_steps: int) -> None:
         await super().set_global_steps(global_steps)
