@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -214,6 +215,27 @@ def test_a_load_that_ends_after_its_deadline_writes_into_nobodys_kv(misbehaving)
     until(lambda: len(made) == 2 and cache.found([1]))
     assert made[0].closed.is_set()
     until(lambda: cache.get([1, 2]) == [True, True])
+
+
+def test_what_a_failed_operation_held_is_freed_at_once(misbehaving):
+    """However long its error is kept: Python crashes when it collects a memoryview of which GLIDE has made a buffer."""
+    cache, made = misbehaving
+    assert cache.put([1])
+    buffers, errors = [], []
+
+    class Buffer:
+        pass
+
+    async def fail(name):
+        buffer = Buffer()
+        buffers.append(weakref.ref(buffer))
+        errors.append(ConnectionError("failed"))
+        raise errors[-1]
+
+    made[0].fault = fail
+    cache.get([1])
+    assert errors
+    until(lambda: not any(buffer() for buffer in buffers))
 
 
 def test_a_connector_that_blocks_its_event_loop(misbehaving):

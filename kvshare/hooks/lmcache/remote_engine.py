@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import copy
 import threading
+import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
@@ -121,6 +122,7 @@ class Engine:
         future = asyncio.run_coroutine_threadsafe(operation, self._loop)
         self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
+        future.add_done_callback(_clear_frames)
         try:
             return future.result(left(deadline))
         except TimeoutError:
@@ -191,6 +193,18 @@ class EngineConnection:
 
     def _do(self, operation: Coroutine[Any, Any, Any]) -> Any:
         return self._engine.call(operation, self.deadline)
+
+
+def _clear_frames(operation: Future) -> None:
+    """Drop what the frames of an operation that has failed still hold: memoryviews of which GLIDE has made buffers.
+
+    Errors of futures end up in reference cycles. If Python 3.11 collects such a memoryview in one, it crashes, and
+    vLLM's worker with it. (``RdmaRegion.__init__`` in glide_sync has a comment on it.)
+    """
+    error = None if operation.cancelled() else operation.exception()
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _write(memory: Any, start: int, part: Any) -> None:
