@@ -58,6 +58,7 @@ routing: .venv/dev
 	$(BIN)/python benchmarks/routing.py
 
 # Faults on live engines, and a server that is killed and restarted under verl (docs/reliability.md).
+faults: export LMCACHE_BLOCKING_TIMEOUT_SECS ?= 2
 faults: .venv/dev
 	$(BIN)/pytest -s tests/hooks/test_live_faults.py tests/services/test_lm_server.py tests/long/faults.py \
 	  tests/long/tensor_parallel.py
