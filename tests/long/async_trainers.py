@@ -26,7 +26,7 @@ LONG = (  # generation goes on while the actor trains. Such answers earn nothing
     *("actor_rollout_ref.rollout.max_num_seqs=2", "data.max_prompt_length=1152"),
 )
 COLOCATE = (*LONG, "trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.actor.ppo_mini_batch_size=4")
-SEPARATE = (*LONG, "+async=separate_cpu")
+SEPARATE = (*LONG, "+async=separate_cpu", "data.max_response_length=512")  # longer than the actor trains
 ONE_BY_ONE = "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=one_by_one"
 
 ARMS = {  # overrides, devices that train, and variables

@@ -30,7 +30,7 @@ class FirstRequest(NamedTuple):
     until: float  # time.monotonic() until which other requests wait for its lookup and load
 
     def is_pending(self) -> bool:
-        """With ``mp``, vLLM sets WAITING_FOR_REMOTE_KVS while the worker loads."""
+        """Whether it has not run yet. With ``mp`` it is WAITING_FOR_REMOTE_KVS while the worker loads."""
         request = self.request()
         waiting = request is not None and request.status.name in ("WAITING", "WAITING_FOR_REMOTE_KVS")
         return waiting and time.monotonic() < self.until
