@@ -223,7 +223,7 @@ def test_verls_staleness_and_ours_agree(checked, environment, given, versions, w
     assert words in said[0]
 
 
-@pytest.mark.parametrize(("given", "known"), [((), True), (separate(), True), (COLOCATE, False)])
+@pytest.mark.parametrize(("given", "known"), [((), True), (separate(), True), (COLOCATE, True), (fully(), False)])
 def test_trainers_that_have_not_run_with_kvshare(checked, given, known):
     made, _ = checked(*given, until="verl's objects")
     assert (list(trainer.untried(made)) == []) == known

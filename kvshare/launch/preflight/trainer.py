@@ -20,7 +20,7 @@ from kvshare.core import freshness
 from kvshare.core.job import OWN_MAINS, Job, one_line
 from kvshare.launch.hydra_overrides import RUNTIME_ENV
 
-TRIED = ("sync", "separate_async")
+TRIED = ("sync", "colocate_async", "separate_async")
 """Trainers with which kvshare has trained."""
 
 FULLY, ONE_STEP = OWN_MAINS
