@@ -31,7 +31,7 @@ settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("noisy")
 health.TIMEOUT = 60
 PATIENCE = {"LMCACHE_BLOCKING_TIMEOUT_SECS": os.environ.get("LMCACHE_BLOCKING_TIMEOUT_SECS", "10")}
-"""Of engines with their server. After the 2 s of config/ a busy machine has not always answered."""
+"""How long live engines wait for their server: a busy machine may not answer within the 2 s of config/."""
 os.environ.update(QUIET, LMCACHE_LOG_LEVEL="WARNING")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # scripts find this Python
 
