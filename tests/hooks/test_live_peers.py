@@ -104,12 +104,9 @@ def test_peer_hangs_and_goes_on(peers):
         three.store(number)
     wait_until_shared(three, one)  # the controller has heard of them
     until(lambda: one.used() == 0)
-    three.stop()
-    try:
+    with three.stopped():
         assert [one.load(number) for number in known] == [0, 0, 0]
         assert one.used() == WHOLE * BYTES
-    finally:
-        three.resume()
     wait_until_shared(three, one)
     until(lambda: one.used() == 0)
 

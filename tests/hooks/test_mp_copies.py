@@ -221,11 +221,8 @@ def test_what_a_dead_worker_did_not_finish_is_not_found(start):
 
 def test_a_hung_server_fails_a_store_in_the_forward_pass(start, server):
     worker = start()
-    server.stop()
-    try:
+    with server.stopped():
         assert worker.store("hung").result(timeout=0) is False
-    finally:
-        server.resume()
 
 
 def test_it_says_that_it_shares_no_memory_with_the_server(start, monkeypatch, caplog):

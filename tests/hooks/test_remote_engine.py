@@ -71,10 +71,9 @@ def test_killed_and_started_again(server, open_cache):
 def test_stopped_and_resumed(server, open_cache):
     cache = open_cache(server.address, timeout=TIMEOUT)
     until(lambda: cache.put([110]))
-    server.stop()
-    assert cache.found([110]) == 0
-    assert not cache.put([111])
-    server.resume()
+    with server.stopped():
+        assert cache.found([110]) == 0
+        assert not cache.put([111])
     until(lambda: cache.found([110]))
     until(lambda: cache.get([110]) == [True])
     assert cache.used() == 0

@@ -3,6 +3,7 @@
 SOAK_REQUESTS (20,000): requests in all. There are a hundredth as many weight updates.
 """
 
+import contextlib
 import itertools
 import os
 import random
@@ -90,8 +91,9 @@ def faults_of(backend, disk):
         return backend.start
 
     def stopped():
-        backend.stop()
-        return backend.resume
+        fault = contextlib.ExitStack()
+        fault.enter_context(backend.stopped())
+        return fault.close
 
     def misbehave(does):
         backend.does = does
@@ -162,9 +164,8 @@ def test_a_replica_is_gone_again_and_again(processes, tmp_path):
             assert one.load(known) == 0
             two = Peer(processes, controller, 1, tmp_path / f"{at}.log")
         else:
-            two.stop()
-            assert one.load(known) == 0
-            two.resume()
+            with two.stopped():
+                assert one.load(known) == 0
         until(lambda: one.used() == 0)
         seen.append(resources(one.process.pid))
     print(f"\n{ROUNDS} times gone")

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import psutil
 import pytest
 import zmq
 from engine_backends import skip_if_missing
-from waiting import STUCK, until
+from waiting import STUCK, stopped, until
 
 from kvshare.core import ports
 from kvshare.core.errors import UserError
@@ -84,9 +83,9 @@ def test_an_engine_that_a_backend_does_not_have(arguments, folder):
 
 def test_what_hangs_is_started_again(folder):
     hung = up("remote", folder)
-    os.kill(hung["pid"], signal.SIGSTOP)
-    assert command("status", "--backend", "remote", "--folder", folder).returncode == 1
-    again = up("remote", folder)
+    with stopped(hung["pid"]):
+        assert command("status", "--backend", "remote", "--folder", folder).returncode == 1
+        again = up("remote", folder)
     assert again["pid"] != hung["pid"]
     assert not psutil.pid_exists(hung["pid"])
 

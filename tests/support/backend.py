@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import signal
 import socket
 import struct
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from waiting import until
+from waiting import stopped, until
 
 from kvshare.core import ports
 from kvshare.core.errors import UserError
@@ -72,11 +71,8 @@ class Backend:
         self.kill()
         self.start()
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+    def stopped(self) -> contextlib.AbstractContextManager[None]:
+        return stopped(self.process.pid)
 
     @contextlib.contextmanager
     def absent(self) -> Iterator[None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import threading
 import time
@@ -137,12 +135,6 @@ class Mooncake(Engine):
     """``mooncake_master`` and the process that gives it memory: both are killed and stopped together."""
 
     engine = "mooncake"
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        os.killpg(self.process.pid, signal.SIGCONT)
 
     def _memory(self) -> list[str]:
         return ["--memory", str(self.bound / 2**30)]

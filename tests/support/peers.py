@@ -1,6 +1,5 @@
 """A real lmcache_controller, and replicas without vLLM (peer.py), to kill and start again."""
 
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -8,6 +7,7 @@ from uuid import uuid4
 
 import zmq
 from conftest import ROOT
+from waiting import stopped
 
 from kvshare.core import lmcache_settings, p2p_replica, ports
 from kvshare.services import backends, health
@@ -64,11 +64,8 @@ class Peer:
     def kill(self):
         self._processes.kill(self.process)
 
-    def stop(self):
-        self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self):
-        self.process.send_signal(signal.SIGCONT)
+    def stopped(self):
+        return stopped(self.process.pid)
 
     def used(self):
         """Bytes of LMCache's local memory that are not free."""

@@ -1,12 +1,15 @@
-"""Wait for a condition. A test that sleeps and then counts depends on how busy the machine is."""
+"""Wait for a condition, or until processes have stopped. A test that sleeps depends on how busy the machine is."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
+
+import psutil
 
 Found = TypeVar("Found")
 
@@ -30,3 +33,26 @@ def until(done: Callable[[], Found], process: subprocess.Popen | None = None, lo
         assert time.monotonic() - since < STUCK, f"no progress for {STUCK} s: {said[-3000:]}"
         time.sleep(0.02)
     return found
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process and its children meanwhile. Until a signal has reached all threads, one may still answer."""
+    parent = psutil.Process(pid)
+    found = [parent, *parent.children(recursive=True)]
+    try:
+        for process in found:
+            process.suspend()
+        until(lambda: all(_has_stopped(process.pid) for process in found))
+        yield
+    finally:
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def _has_stopped(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # a thread that ends
+        threads = Path(f"/proc/{pid}/task").iterdir()
+        return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
+    return False
