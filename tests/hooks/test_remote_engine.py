@@ -23,11 +23,12 @@ from kvshare.hooks.lmcache import remote_engine, remote_entry  # noqa: E402
 from kvshare.hooks.lmcache.remote_engine import EngineClient  # noqa: E402
 
 TIMEOUT = 1.0  # seconds, where the test is about it
+BOUND = 100_000_000  # bytes
 
 
 @pytest.fixture(scope="module", params=[Valkey, Mooncake])
 def server(request, processes, tmp_path_factory):
-    return request.param(processes, tmp_path_factory.mktemp("server") / "log")
+    return request.param(processes, tmp_path_factory.mktemp("server") / "log", bound=BOUND)
 
 
 @pytest.fixture
