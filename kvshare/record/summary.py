@@ -62,7 +62,7 @@ def summarize(
         "prefill_amplification": seen.stored.amplification(),
         "prefill_tokens_per_second": seen.prefill,
         "time_saved_seconds": count.time_saved(seen.prefill),
-        "routing": seen.routing,
+        "routing": seen.routing and seen.routing | {"silent": seen.silent},
         "conversations": conversations.to_dict(),
         "policy": policies.to_list(),
         "step": [row.to_dict(replicas, seen.prefill) for row in rows],
@@ -96,6 +96,7 @@ class Seen:
         self.degraded: set[int] = set()
         self.ends: list[int] = []
         self.routing: dict[str, Any] = {}
+        self.silent: list[str] = []  # as of the last step; later they end because the run does
         self.lost = 0
 
     def add(self, event: Event) -> None:
@@ -111,6 +112,7 @@ class Seen:
             self.degraded |= {event.replica} if isinstance(event, Degraded) else set()
         elif isinstance(event, Step):
             self.ends.append(event.step)
+            self.silent = self.routing.get("silent", [])
         elif isinstance(event, Lost):
             self.lost += event.events
         elif isinstance(event, Routing):

@@ -214,8 +214,7 @@ class PrefillOnceRouter(GlobalRequestLoadBalancer):
         if self._state[name].policy is None:
             self._chunks.give_up(name)
         self._chunks.keep_policies({server.policy for server in self._state.values()})
-        if self._placed:  # an async trainer may always have some; without any, servers end because the run does
-            self._take_stock()
+        self._take_stock()  # an async trainer may never have a moment without requests
 
 
 def _chunk_size() -> int:

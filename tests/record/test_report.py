@@ -235,6 +235,20 @@ def end(step, time, server=None):
     return {"op": "step", "time": time, "replica": "trainer", "step": step, "server": server}
 
 
+def test_silence_of_a_replica_counts_until_the_last_step():
+    """At the end of a run verl kills its servers one by one, and the router after them."""
+
+    def told(time, *silent):
+        return {"op": "routing", "time": time, "replica": "router", "silent": silent}
+
+    def said(*lines):
+        return "the router hears nothing of the replica at 1" in page.markdown(summarize(lines, [], RUN))
+
+    assert said(told(1, "1"), end(1, 2))
+    assert not said(told(1, "1"), end(1, 2), told(3), end(2, 4))
+    assert not said(told(1), end(1, 2), told(3, "1"))
+
+
 def at(time, event):
     return {**event, "time": time}
 

@@ -512,31 +512,6 @@ def test_server_that_failed_to_answer_is_heard_again(caplog):
     scenario(test)
 
 
-def test_only_a_silence_in_the_middle_of_requests_is_recorded(monkeypatch):
-    """At the end of a run verl kills its servers one by one, and the router after them."""
-
-    async def test(router, servers):
-        recorded = []
-        monkeypatch.setattr(router._event_log, "write", lambda op, **fields: recorded.append(fields["silent"]))
-        name = (await arrive(router, "a"))["a"].result()[0]
-        for server in servers.values():
-            server.fails = 1
-            server.update("run-2")
-        await asyncio.sleep(0.001)
-        assert recorded[-1] == ["0", "1"]
-        await asyncio.sleep(RETRY[0])
-        router.release_server(name, "a")
-        assert recorded[-1] == []
-        for server in servers.values():
-            server.fails = 1
-            server.update("run-3")
-        await asyncio.sleep(0.001)
-        assert router.get_status()["silent"] == ["0", "1"]
-        assert recorded[-1] == []
-
-    scenario(test)
-
-
 def test_updates_record_the_counters_of_a_rollout_that_does_not_end(monkeypatch):
     async def test(router, servers):
         recorded = []
