@@ -30,8 +30,11 @@ LAUNCHERS = sorted(path.name for path in ROOT.glob("run_qwen_*.sh"))
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines are shared
 settings.load_profile("noisy")
 health.TIMEOUT = 60
-PATIENCE = {"LMCACHE_BLOCKING_TIMEOUT_SECS": os.environ.get("LMCACHE_BLOCKING_TIMEOUT_SECS", "10")}
-"""How long live engines wait for their server: a busy machine may not answer within the 2 s of config/."""
+PATIENCE = {
+    "LMCACHE_BLOCKING_TIMEOUT_SECS": os.environ.get("LMCACHE_BLOCKING_TIMEOUT_SECS", "10"),
+    "LMCACHE_LOOKUP_TIMEOUT_MS": "10000",
+}
+"""How long live engines wait for their server, and schedulers for a worker: a busy machine takes longer than 2 s."""
 os.environ.update(QUIET, LMCACHE_LOG_LEVEL="WARNING")
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # scripts find this Python
 

@@ -31,7 +31,8 @@ class SharedMemory:
     def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
         self.ours: set[str] = set()
         self._pids = pids
-        self._known = _names()  # older than our processes
+        self._known = _names()  # older than our processes, or looked at twice
+        self._new: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._observe, name="kvshare-shm", daemon=True)
         self._thread.start()
@@ -57,7 +58,8 @@ class SharedMemory:
 
     def _look(self) -> None:
         if new := _names() - self._known:  # listing a folder is cheap, reading the maps of all processes is not
-            self._known |= new
+            self._known |= new & self._new  # it exists a moment before it is mapped
+            self._new = new
             self.ours |= {name for pid in self._pids() for name in new & _mapped(pid)}
 
 

@@ -1,5 +1,6 @@
 """Never in the way: each fault while fp32 requests run; answers stay those of the weights, sharing resumes."""
 
+import contextlib
 import random
 import time
 
@@ -11,7 +12,7 @@ from waiting import until
 from kvshare.core import policy
 
 HITS = 4 * CHUNK
-SERVER = {"killed": ("kill", "start"), "stopped": ("stop", "resume"), "restarted": ("restart", "check")}
+SERVER = ("killed", "stopped", "restarted")
 
 
 def pytest_generate_tests(metafunc):
@@ -26,16 +27,23 @@ def prompt():
 
 @pytest.fixture
 def fault(request, backend):
-    """Starts the fault; ends it, whatever the test did."""
-    name = request.param
-    if name in SERVER:
-        begin, end = (getattr(backend, method) for method in SERVER[name])
-    else:
-        begin, end = (lambda: setattr(backend, "does", name)), (lambda: setattr(backend, "does", "serve"))
-    ended = []
-    yield name, begin, lambda: ended.append(end())
-    if not ended:
-        end()
+    """Its name, and what starts and ends it. It ends, whatever the test did."""
+    name, ends = request.param, contextlib.ExitStack()
+
+    def begin():
+        if name == "killed":
+            backend.kill()
+            ends.callback(backend.start)
+        elif name == "stopped":
+            ends.enter_context(backend.stopped())
+        elif name == "restarted":
+            backend.restart()
+        else:
+            backend.does = name
+            ends.callback(setattr, backend, "does", "serve")
+
+    with ends:
+        yield name, begin, ends.close
 
 
 def shares(engines):
@@ -75,8 +83,10 @@ def test_what_follows_a_failed_load_is_stored_right(engines, weights, backend):
     first.ask(text[: HITS // 2 + 1], stamp)
     start = len(second.events)
     backend.does = "vanish"
-    second.ask(text, stamp)
-    backend.does = "serve"
+    try:
+        second.ask(text, stamp)
+    finally:
+        backend.does = "serve"
     assert second.hits(start) == 0
     until(lambda: any(event["op"] == "stored" for event in second.events[start:]))
     stored = [len(event["keys"]) for event in second.events[start:] if event["op"] == "store"]

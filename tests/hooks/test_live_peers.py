@@ -2,7 +2,6 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 from peers import Controller, Peer
@@ -35,10 +34,14 @@ def peers(start):
 
 
 def loads(writer, reader):
-    """What the reader loads, as soon as it finds something: the controller hears of a store a moment later."""
+    """What the reader loads, as soon as it finds all: the controller hears of a store later, and chunk by chunk."""
     number = next(numbers)
     writer.store(number)
-    return until(partial(reader.load, number))
+    return load_whole(reader, number)
+
+
+def load_whole(reader, number):
+    return until(lambda: (found := reader.load(number)) in (WHOLE, -1) and found)
 
 
 def wait_until_shared(writer, reader):
@@ -76,7 +79,7 @@ def test_what_was_loaded_is_kept(peers):
     writer, reader, _ = peers
     number = next(numbers)
     writer.store(number)
-    assert until(partial(reader.load, number)) == WHOLE
+    assert load_whole(reader, number) == WHOLE
     assert writer.used() == 0  # it has lost all that it had
     assert reader.load(number) == WHOLE
 

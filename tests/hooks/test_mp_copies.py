@@ -30,7 +30,7 @@ from kvshare.hooks.lmcache import mp_copies  # noqa: E402
 BLOCK, LAYERS = 128, 2
 TOKENS = list(range(2 * CHUNK))
 USED = list(range(len(TOKENS) // BLOCK))  # blocks
-SECONDS = 3.0  # LMCache's timeout
+SECONDS = 10.0  # LMCache's timeout
 ONE = ParallelStrategy(False, 1, 0, 1, 1, 1)
 
 
@@ -79,7 +79,7 @@ class Worker:
     """vLLM's worker, as far as LMCache sees it: its ``sleep`` destroys the KV cache."""
 
     def __init__(self, server):
-        settings = {"lmcache.mp.mq_timeout": SECONDS, "lmcache.mp.heartbeat_interval": SECONDS}
+        settings = {"lmcache.mp.mq_timeout": SECONDS, "lmcache.mp.heartbeat_interval": 3.0}
         common = {"context": zmq.Context(), "model_name": "m", "vllm_block_size": BLOCK, "parallel_strategy": ONE}
         common["extra_config"] = settings
         self.adapter = LMCacheMPWorkerAdapter(server_url=server._url, **common)
@@ -221,6 +221,7 @@ def test_what_a_dead_worker_did_not_finish_is_not_found(start):
 
 def test_a_hung_server_fails_a_store_in_the_forward_pass(start, server):
     worker = start()
+    worker.adapter.transfer_ctx.engine_driven_context.mq_timeout = 1.0
     with server.stopped():
         assert worker.store("hung").result(timeout=0) is False
 

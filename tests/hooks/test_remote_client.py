@@ -46,13 +46,13 @@ def test_prompt_that_does_not_fit_into_local_memory(open_cache):
 
 def test_lookup_of_a_long_prompt_is_one_operation(open_cache, backend):
     """The scheduler waits for it, with every request: not for the timeout times the number of chunks."""
-    numbers = range(1200, 1206)
+    numbers = range(1200, 1220)
     open_cache().put(numbers)
     cache = open_cache(timeout=TIMEOUT)
     backend.does, backend.delay = "slow", 0.4 * TIMEOUT
     backend.asked = 0
     assert cache.found(numbers) == 0
-    assert backend.asked < 4
+    assert backend.asked < len(numbers)
 
 
 def test_retry_has_no_time_of_its_own(open_cache, backend):
@@ -68,9 +68,9 @@ def test_a_put_says_whether_it_can_be_found(open_cache, backend):
     """While the server is up, when it goes away in the middle of a store, while it is away, and again."""
     cache = open_cache()
     assert cache.put(range(1240, 1250))
-    backend.does, backend.asked = "slow", 0
+    backend.does, backend.asked = "hang", 0
     storing = cache.start_put(range(1250, 1260))
-    until(lambda: backend.asked >= 3)
+    until(lambda: backend.asked)
     backend.does = "refuse"
     assert storing.result(STUCK) is False
     assert not cache.put(range(1260, 1270))

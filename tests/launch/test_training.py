@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import PATIENCE
 
 from kvshare.tools.demo import Demo, failures
 
@@ -10,6 +11,8 @@ from kvshare.tools.demo import Demo, failures
 @pytest.mark.parametrize("estimator", ["grpo", pytest.param("gae", marks=pytest.mark.slow)])
 def test_two_steps(tmp_path, monkeypatch, pytestconfig, estimator):
     monkeypatch.setenv("ADV_ESTIMATOR", estimator)
+    for name, value in PATIENCE.items():
+        monkeypatch.setenv(name, value)
     backend = pytestconfig.getoption("backend")
     result = Demo(tmp_path / estimator, ["trainer.total_training_steps=2"], backend).run()
     assert failures(result) == []

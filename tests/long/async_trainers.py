@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 
 import pytest
 from rich.console import Console
@@ -31,8 +32,10 @@ ONE_BY_ONE = "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=
 
 ARMS = {  # overrides, devices that train, and variables
     "colocate_async, no connector": ((*COLOCATE, NO_CONNECTOR), 2, {}),
+    "colocate_async, no connector again": ((*COLOCATE, NO_CONNECTOR), 2, {}),
     "colocate_async": (COLOCATE, 2, {}),
     "separate_async, no connector": ((*SEPARATE, NO_CONNECTOR), 1, {}),
+    "separate_async, no connector again": ((*SEPARATE, NO_CONNECTOR), 1, {}),
     "separate_async": (SEPARATE, 1, {}),
     "separate_async, trajectory": (SEPARATE, 1, {"KVSHARE_FRESHNESS": "trajectory", "KVSHARE_MAX_VERSIONS": "8"}),
     "separate_async, one replica lags": ((*SEPARATE, ONE_BY_ONE), 1, {"PYTHONPATH": str(SUPPORT)}),
@@ -76,14 +79,19 @@ def apart(run) -> int:
     return sum(version < newest for version, newest in zip(versions, accumulate(versions, max), strict=True))
 
 
+def loss(run) -> list[float]:
+    """1 - the correlation of rollout and actor, of each step. A step trains on versions before the actor's."""
+    return [1 - step["pearson"] for step in run["step"]]
+
+
 def _print(folder, results):
     table = Table(title=f"{STEPS} updates, 2 replicas, 4 prompts")
-    columns = ("trainer", "correlation, lowest", "probability difference", "shared hit", "stale, by id", "by weights")
+    columns = ("trainer", "correlation, lowest", "median", "shared hit", "stale, by id", "by weights")
     for column in (*columns, "continued", "computed again", "kept", "versions", "spans"):
         table.add_column(column)
     for name, run in results.items():
         tokens, flight = run["tokens"], run["versions_in_flight"]
-        cells = [f"{run['mismatch']['pearson_min']:.6f}", f"{run['mismatch']['probs_diff_max']:.1e}"]
+        cells = [f"{1 - max(loss(run)):.6f}", f"{1 - median(loss(run)):.6f}"]
         cells += [f"{tokens[key]:,}" for key in ("shared_hit", *STALE)]
         cells += [f"{run['again']['requests']:,}", f"{run['again']['tokens']:,}", f"{tokens['kept_hit']:,}"]
         table.add_row(name, *cells, str(flight["in_a_step"]), str(flight["of_a_trajectory"]))
@@ -102,9 +110,10 @@ def test_shared_and_never_stale(arms, arm):
 
 @pytest.mark.parametrize("arm", SHARING)
 def test_mismatch_is_that_of_the_trainer(arms, arm):
-    """Trajectories of several versions differ from the actor's probabilities by themselves."""
-    alone = arms[f"{arm.split(',')[0]}, no connector"]
-    assert 1 - arms[arm]["mismatch"]["pearson_min"] <= 3 * (1 - alone["mismatch"]["pearson_min"]) + 1e-6
+    """Trajectories of several versions differ from the actor's probabilities by themselves, and runs differ."""
+    alone = [loss(run) for name, run in arms.items() if name.startswith(f"{arm.split(',')[0]}, no connector")]
+    assert len(alone) == 2
+    assert median(loss(arms[arm])) <= max(map(max, alone))
 
 
 @pytest.mark.parametrize("arm", ARMS)

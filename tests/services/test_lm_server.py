@@ -124,8 +124,9 @@ class LocalClient(Client):
     def __init__(self, port: int) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(shared_memory.address("127.0.0.1", port))
-        self.socket.settimeout(2)
+        self.socket.settimeout(STUCK)
         _, (file,), *_ = socket.recv_fds(self.socket, 1, 1)
+        self.socket.settimeout(2)
         os.close(file)
         self.close = self.socket.close
 
@@ -534,9 +535,11 @@ def test_taken_port(running):
 
 @pytest.mark.parametrize(("host", "lines"), [("0.0.0.0", 2), ("127.0.0.1", 1), ("localhost", 1)])
 def test_warns_when_others_can_reach_it(processes, tmp_path, host, lines):
-    command = [sys.executable, "-m", "kvshare", "server", host, str(ports.free_port()), "--memory", "0.1"]
+    port = ports.free_port()
+    command = [sys.executable, "-m", "kvshare", "server", host, str(port), "--memory", "0.1"]
     process = processes.start(command, tmp_path / "log")
     until(lambda: len((tmp_path / "log").read_text().splitlines()) == lines, process)
+    health.check_lmcache_server(f"lm://127.0.0.1:{port}")
     process.terminate()
     assert process.wait(STUCK) == 0
     text = (tmp_path / "log").read_text()

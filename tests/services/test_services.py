@@ -21,9 +21,11 @@ from kvshare.services import background, health
 from kvshare.services.backends import BACKENDS, ENGINES
 from kvshare.services.processes import marked
 
+PATIENT = "from kvshare.services import health; health.TIMEOUT = 60; from kvshare.cli.main import main; main()"
 
-def command(*arguments, **more):
-    given = [sys.executable, "-m", "kvshare", "services", *map(str, arguments)]
+
+def command(*arguments, run=("-c", PATIENT), **more):
+    given = [sys.executable, *run, "services", *map(str, arguments)]
     return subprocess.run(given, capture_output=True, text=True, timeout=STUCK, **more)
 
 
@@ -35,8 +37,8 @@ def folder(tmp_path, monkeypatch):
         background.down(backend, tmp_path / "services")
 
 
-def up(backend, folder):
-    done = command("up", "--backend", backend, "--folder", folder, "--json")
+def up(backend, folder, **more):
+    done = command("up", "--backend", backend, "--folder", folder, "--json", **more)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -84,8 +86,8 @@ def test_an_engine_that_a_backend_does_not_have(arguments, folder):
 def test_what_hangs_is_started_again(folder):
     hung = up("remote", folder)
     with stopped(hung["pid"]):
-        assert command("status", "--backend", "remote", "--folder", folder).returncode == 1
-        again = up("remote", folder)
+        assert command("status", "--backend", "remote", "--folder", folder, run=("-m", "kvshare")).returncode == 1
+        again = up("remote", folder, run=("-m", "kvshare"))
     assert again["pid"] != hung["pid"]
     assert not psutil.pid_exists(hung["pid"])
 

@@ -78,8 +78,10 @@ class Backend:
     def absent(self) -> Iterator[None]:
         """Not there, as far as engines can see."""
         self.kill()
-        yield
-        self.start()
+        try:
+            yield
+        finally:
+            self.start()
 
 
 class BehindProxy(Backend):
@@ -88,8 +90,10 @@ class BehindProxy(Backend):
     @contextlib.contextmanager
     def absent(self) -> Iterator[None]:
         self.does = "refuse"
-        yield
-        self.does = "serve"
+        try:
+            yield
+        finally:
+            self.does = "serve"
 
 
 class KVShareServer(Backend):

@@ -143,8 +143,10 @@ class Engine:
         self._post("/pause?mode=keep&clear_cache=false", {})
         with ThreadPoolExecutor(count) as pool:
             asked = [pool.submit(self.ask, *args) for _ in range(count)]
-            until(lambda: json.loads(vllm_http.get(f"{self.url}/load"))["server_load"] == count, self.process)
-            self._post("/resume", {})
+            try:
+                until(lambda: json.loads(vllm_http.get(f"{self.url}/load"))["server_load"] == count, self.process)
+            finally:
+                self._post("/resume", {})
         return [one.result() for one in asked]
 
     def hits(self, since: int) -> int:

@@ -52,7 +52,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def _has_stopped(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # a thread that ends
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
         threads = Path(f"/proc/{pid}/task").iterdir()
         return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
     return False

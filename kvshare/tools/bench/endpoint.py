@@ -28,6 +28,7 @@ COUNTERS = {
     "local": "vllm:prompt_tokens_by_source_total:local_cache_hit",
     "shared": "vllm:prompt_tokens_by_source_total:external_kv_transfer",
 }
+ANSWERED = "vllm:request_success_total"
 
 
 @dataclass
@@ -100,12 +101,12 @@ class Endpoint:
         return await asyncio.gather(*(self.ask(prompt, tokens) for prompt in prompts))
 
     async def counted(self) -> dict[str, int]:
-        """Value of each counter in ``COUNTERS`` so far, in tokens."""
+        """Value of each counter in ``COUNTERS`` so far, in tokens, and the number of requests that were answered."""
         async with self._session.get(f"{self.url}/metrics") as response:
             found = vllm_http.metrics(await response.text())
         if COUNTERS["prompt"] not in found:
             raise ValueError("no metrics")
-        return {name: round(found.get(metric, 0)) for name, metric in COUNTERS.items()}
+        return {name: round(found.get(metric, 0)) for name, metric in (COUNTERS | {"answered": ANSWERED}).items()}
 
     async def pool(self) -> int:
         """Tokens of KV that fit the engine."""
@@ -126,8 +127,12 @@ async def sample(asked: Sequence[Endpoint], answers: Awaitable[list[Answer]]) ->
     """Await ``answers`` and measure them. The counters are those of the ``asked`` endpoints."""
     before = [await endpoint.counted() for endpoint in asked]
     got = await answers
-    after = [await endpoint.counted() for endpoint in asked]
-    counted = {name: sum(a[name] - b[name] for a, b in zip(after, before, strict=True)) for name in COUNTERS}
+    while True:
+        after = [await endpoint.counted() for endpoint in asked]
+        counted = {name: sum(a[name] - b[name] for a, b in zip(after, before, strict=True)) for name in after[0]}
+        if counted.pop("answered") >= len(got):
+            break
+        await asyncio.sleep(0.01)  # an engine answers first and counts then
     logprobs = [answer.logprob for answer in got]
     return Sample(max(a.first for a in got), max(a.end for a in got), **counted, logprobs=logprobs)
 
