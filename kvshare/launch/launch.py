@@ -18,6 +18,13 @@ from kvshare.services.health import wait_healthy
 from kvshare.services.processes import Processes
 
 MAIN = "verl.trainer.main_ppo"
+OWN_MAINS = {
+    "fully": "verl.experimental.fully_async_policy.fully_async_main",
+    "one_step": "verl.experimental.one_step_off_policy.main_ppo",
+}
+"""verl's other mains, by the recipe of config/async that is for them."""
+VERL_CONFIGS = "hydra.searchpath=[pkg://verl.trainer.config]"
+"""For the other mains, whose own configs are elsewhere."""
 MARK = "KVSHARE_LAUNCH"
 LOOPBACK = "127.0.0.1"
 
@@ -39,11 +46,14 @@ class Launch:
         if MAIN not in command or "--config-dir" not in command[:-1]:
             raise UserError(
                 f"give after --: python3 -m {MAIN} --config-dir … --config-name … and overrides "
-                "(verl's other mains: docs/async.md)"
+                "(+async=fully and +async=one_step run verl's other mains: docs/async.md)"
             )
         self.backend, self.device = backend, device
         at = command.index(MAIN) + 1
         self._verl, self._arguments = command[:at], command[at:]
+        if main := _own_main(self._arguments):
+            self._verl[-1] = main
+            self._arguments.append(VERL_CONFIGS)
         root = Path(command[command.index("--config-dir") + 1]).absolute().parent
         named = caller.get(RUN_DIR) or root / "outputs" / f"{backend}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(named).absolute()
@@ -97,6 +107,11 @@ class Launch:
         where = wait_healthy(backend.service, processes.start(command, log), lambda: backend.check(exports), log)
         print(f"kvshare launch: {backend.service} is up at {where}; log: {log}", flush=True)
         return exports
+
+
+def _own_main(arguments: list[str]) -> str | None:
+    recipes = [argument.partition("=")[2] for argument in arguments if argument.startswith("+async=")]
+    return OWN_MAINS.get(recipes[-1].removesuffix("_cpu")) if recipes else None
 
 
 def write_report(folder: Path) -> dict | None:

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 from conftest import LAUNCHERS, ROOT
@@ -13,11 +14,13 @@ from kvshare.launch import hydra_overrides, launchers, preflight
 from kvshare.launch.preflight import recipe
 
 
-def dry_run(launcher: str, cwd=ROOT, **environment: str) -> tuple[dict[str, str], list[str]]:
+def dry_run(
+    launcher: str, cwd=ROOT, more="trainer.seed_for_test=1", **environment: str
+) -> tuple[dict[str, str], list[str]]:
     """Environment and command that a launcher prints with DRY_RUN=1."""
     clean = {k: v for k, v in os.environ.items() if not k.upper().startswith("LMCACHE")}
     done = subprocess.run(
-        ["bash", str(ROOT / launcher), "trainer.seed_for_test=1"],
+        ["bash", str(ROOT / launcher), more],
         cwd=cwd,
         env={**clean, "DRY_RUN": "1", **environment},
         capture_output=True,
@@ -98,6 +101,21 @@ def test_launchers_are_read_as_bash_runs_them(launcher, monkeypatch, tmp_path):
 def test_no_launcher_for_mp_on_ascend():
     with pytest.raises(UserError, match="the mp backend does not run on npu"):
         launchers.read("mp", "npu", {})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "main"),
+    [
+        ("separate", "verl.trainer.main_ppo"),
+        ("fully_cpu", "verl.experimental.fully_async_policy.fully_async_main"),
+        ("one_step", "verl.experimental.one_step_off_policy.main_ppo"),
+    ],
+)
+def test_recipe_runs_the_main_of_its_trainer(recipe, main):
+    _, command = dry_run("run_qwen_remote_backend_cpu.sh", more=f"+async={recipe}")
+    assert command[:3] == ["python3", "-m", main]
+    assert find_spec(main)
+    assert ("hydra.searchpath=[pkg://verl.trainer.config]" in command) == (main != "verl.trainer.main_ppo")
 
 
 @pytest.mark.parametrize("path", ["it's here/model", "back\\slash", "a b=c,d{e}", 'quo"te', "ends\\"])

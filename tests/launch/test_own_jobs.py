@@ -60,11 +60,23 @@ def with_keys_of_their_own(data, model) -> list[str]:
     ]
 
 
+def with_configs_of_their_own(data, model) -> list[str]:
+    """Their config is elsewhere, and names another folder for its parts."""
+    for name, text in {
+        "mine.yaml": f"hydra: {{searchpath: ['file://{data}/parts']}}\ndefaults: [ppo_trainer, lengths: short, _self_]\n",
+        "parts/lengths/short.yaml": "# @package _global_\ndata: {filter_overlong_prompts_workers: 3}\n",
+    }.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(text)
+    return ["--config-dir", str(data), "--config-name", "mine", *grpo(data, model)]
+
+
 JOBS = {
     grpo: "4 replicas of 2 cpu",
     multi_turn: "4 replicas of 2 cpu",
     separate: "4 replicas of 2 cpu (1 hybrid for validation only, 3 standalone)",
     with_keys_of_their_own: "4 replicas of 2 cpu",
+    with_configs_of_their_own: "4 replicas of 2 cpu",
 }
 
 

@@ -47,6 +47,7 @@ WITHOUT_HYBRID = ("actor_rollout_ref.hybrid_engine=false", f"+{ENVIRONMENT}.VERL
 SWITCH = "trainer.v1.separate_async.hybrid_rollout.enable_switch=true"
 VALIDATE = "async_training.use_trainer_do_validate=true"
 DYNAMIC = "async_training.use_dynamic_resource_scheduling=true"
+RECIPES = ("separate", "fully", "one_step")
 TP2 = f"{ROLLOUT}.tensor_model_parallel_size=2"
 
 REPLICAS = [  # overrides, their row, and how many of them generate what is trained on
@@ -74,7 +75,7 @@ REFUSED = [
         ("trainer.v1.trainer_mode=asink",),
         "trainer.v1.trainer_mode: Unknown trainer 'asink'. Available trainers: coloca",
     ),
-    (("trainer.v1.trainer_mode=fully_async_policy",), "have mains of their own: docs/async.md"),
+    (("trainer.v1.trainer_mode=fully_async_policy",), "fully_async_policy is +async=fully"),
     ((*COLOCATE, "trainer.v1.sampler.max_off_policy_threshold=0"), "Invalid max off policy threshold: 0"),
     ((*COLOCATE, "trainer.v1.sampler.max_off_policy_strategy=keep"), "Invalid max off policy strategy: keep"),
     (own_main("one_step_off", "actor_rollout_ref.hybrid_engine=true"), "asserts actor_rollout_ref.hybrid_engine=false"),
@@ -140,8 +141,8 @@ def test_forecast_and_memory(checked, backend):
 @pytest.mark.parametrize(
     ("backend", "device", "recipe", "training", "row"),
     [
-        ("mp", "cuda", "separate", 2, "6 replicas of 1 cuda (6 standalone)"),
-        ("remote", "cpu", "separate_cpu", 1, "2 replicas of 1 cpu (2 standalone)"),
+        *(("mp", "cuda", recipe, 2, "6 replicas of 1 cuda (6 standalone)") for recipe in RECIPES),
+        *(("remote", "cpu", f"{recipe}_cpu", 1, "2 replicas of 1 cpu (2 standalone)") for recipe in RECIPES),
     ],
 )
 def test_launchers_take_our_recipes(environment, backend, device, recipe, training, row):

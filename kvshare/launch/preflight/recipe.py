@@ -26,12 +26,13 @@ ESTIMATORS = {
 def config(job: Job) -> Iterator[str]:
     """Compose verl's config from the arguments, as main_ppo will."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.plugins import Plugins
 
     folder, name, overrides = job.hydra()
-    search = f"hydra.searchpath=[file://{verl_config()}]"
+    Plugins.instance().register(_verl_configs())
     try:
         with initialize_config_dir(version_base=None, config_dir=folder):
-            job.config = compose(config_name=name, overrides=[*overrides, search])
+            job.config = compose(config_name=name, overrides=overrides)
     except Exception as error:  # Hydra's and OmegaConf's errors share no base class
         fix = _quoted(overrides) or "correct the override"
         yield f"verl's config cannot be composed: {one_line(error)}: {fix}"
@@ -41,6 +42,18 @@ def config(job: Job) -> Iterator[str]:
         value = job.config.trainer[key]
         if not isinstance(value, int) or value < 1:
             yield f"trainer.{key} is {value!r}, must be an integer of at least 1: set N_NODES and N_DEVICES"
+
+
+def _verl_configs() -> type:
+    """A Hydra plugin that finds verl's configs, as main_ppo does, beside those of a job's own hydra.searchpath."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class VerlConfigs(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            search_path.append("verl", f"file://{verl_config()}")
+
+    return VerlConfigs
 
 
 def _quoted(overrides: list[str]) -> str | None:

@@ -44,8 +44,8 @@ def mode(job: Job) -> Iterator[str]:
     try:
         get_trainer_cls(given)
     except ValueError as error:
-        own = ", ".join(OWN_MAINS)
-        yield f"trainer.v1.trainer_mode: {one_line(error)}: correct it ({own} have mains of their own: docs/async.md)"
+        own = "fully_async_policy is +async=fully, one_step_off_policy is +async=one_step: docs/async.md"
+        yield f"trainer.v1.trainer_mode: {one_line(error)}: correct it ({own})"
 
 
 def trainer(job: Job) -> Iterator[str]:
@@ -94,9 +94,12 @@ def _logs_info(job: Job) -> bool:
 def hybrid(job: Job) -> bool:
     """Whether a trainer with standalone replicas also has replicas on the training devices."""
     if kind(job) == FULLY:
-        asynchronous = job.config.async_training
-        return asynchronous.use_dynamic_resource_scheduling or asynchronous.use_trainer_do_validate
+        return _dynamic(job) or job.config.async_training.use_trainer_do_validate
     return kind(job) == "separate_async" and job.config.actor_rollout_ref.get("hybrid_engine", True)
+
+
+def _dynamic(job: Job) -> bool:
+    return job.config.async_training.get("use_dynamic_resource_scheduling", False)
 
 
 def pools(job: Job) -> dict[str, tuple[int, int]]:
@@ -114,7 +117,7 @@ def pools(job: Job) -> dict[str, tuple[int, int]]:
 def only_validates(job: Job) -> bool:
     """Whether hybrid replicas generate only for validation. The standalone ones then generate what is trained on."""
     if kind(job) == FULLY:
-        return hybrid(job) and not job.config.async_training.use_dynamic_resource_scheduling
+        return hybrid(job) and not _dynamic(job)
     return hybrid(job) and not job.config.trainer.v1.separate_async.hybrid_rollout.enable_switch
 
 
@@ -136,7 +139,8 @@ def weights(job: Job) -> Iterator[str]:
             import_external_libs(given.custom_backend_module or None)
             CheckpointEngineRegistry.get(given.backend)
     except Exception as error:
-        fix = "set +async=separate_cpu" if job.device == "cpu" else "install what it needs, or set another backend"
+        cpu = "set +async=separate_cpu, fully_cpu or one_step_cpu"
+        fix = cpu if job.device == "cpu" else "install what it needs, or set another backend"
         yield f"checkpoint_engine.backend={given.backend}: {one_line(error)}: {fix}"
 
 
