@@ -63,7 +63,7 @@ def with_keys_of_their_own(data, model) -> list[str]:
 def with_configs_of_their_own(data, model) -> list[str]:
     """Their config is elsewhere, and names another folder for its parts."""
     for name, text in {
-        "mine.yaml": f"hydra: {{searchpath: ['file://{data}/parts']}}\ndefaults: [ppo_trainer, lengths: short, _self_]\n",
+        "mine.yaml": f"hydra: {{searchpath: ['file://{data}/parts']}}\ndefaults: [ppo_trainer, lengths: short]\n",
         "parts/lengths/short.yaml": "# @package _global_\ndata: {filter_overlong_prompts_workers: 3}\n",
     }.items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
