@@ -18,6 +18,7 @@ STEP = "training/global_step"  # all of verl's trainers log it once a step; a va
 PEARSON = "training/rollout_actor_probs_pearson_corr"
 DIFFERENCE = "training/rollout_probs_diff_max"
 SPANS = "training/off_policy/trajectory_spans/max"  # versions of the weights; of verl's default trainer
+PASSED = "fully_async/partial/max_partial_span"  # updates in a trajectory; of verl's fully async trainer
 BEHIND = "training/off_policy/trajectory_staleness_worst/max"
 MOST_ROWS = 200  # of a table, points of a plot: more cannot be told apart
 OPEN_POLICIES = 16  # whose keys are remembered: requests of older ones have ended
@@ -34,6 +35,11 @@ class Logged(msgspec.Struct):
     probs_diff: float | None = msgspec.field(name=DIFFERENCE, default=None)
     spans: float | None = msgspec.field(name=SPANS, default=None)
     behind: float | None = msgspec.field(name=BEHIND, default=None)
+    passed: float | None = msgspec.field(name=PASSED, default=None)
+
+    def __post_init__(self) -> None:
+        if self.passed is not None:
+            self.spans = self.passed + 1
 
 
 def mean(values: list[float]) -> float:

@@ -235,7 +235,8 @@ def _versions(versions: dict[str, Any]) -> str:
     if versions["in_a_step"] > 1:
         parts.append(f"requests of up to {versions['in_a_step']} ended in one step")
     if spans > 1 or behind:
-        parts.append(f"trajectories span up to {spans:.0f} and begin up to {behind:.0f} before the trainer's (verl)")
+        begin = f" and begin up to {behind:.0f} before the trainer's" if behind else ""
+        parts.append(f"trajectories span up to {spans:.0f}{begin} (verl)")
     return "; ".join(parts)
 
 

@@ -117,6 +117,8 @@ def test_versions_in_flight():
     )
     one_at_a_time = summarize([*lines[1:2], ends[0]], [{rows.STEP: 1, rows.SPANS: 1, rows.BEHIND: 0}], RUN)
     assert "versions in flight" not in summary.facts(one_at_a_time)
+    fully_async = summarize([], [{rows.STEP: 1, rows.PASSED: 1}], RUN)
+    assert summary.facts(fully_async)["versions in flight"] == "trajectories span up to 2 (verl)"
 
 
 def test_replicas_that_only_validate_are_not_missed():
