@@ -237,3 +237,6 @@ def test_step_of_fully_async_is_what_it_trains_on_between_two_weight_updates(che
     steps, _ = preflight.memory.prompts.steps(made)
     assert {len(step) for step in steps} == {2 * 2 * 2}  # with a ppo_mini_batch_size of 2
     assert made.workers_a_node == 6
+    made, wrong = checked(*fully("data.train_max_samples=3", *given))
+    assert wrong == []
+    assert {len(step) for step in preflight.memory.prompts.steps(made)[0]} == {3}  # nothing is dropped

@@ -42,12 +42,12 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     prompts = (ids for ids in _tokenized(dataset, model, data) if len(ids) <= data.max_prompt_length)
     while sum(len(ids) for step in found for ids in step) < ENOUGH and (step := list(islice(prompts, size))):
         found.append(step)
-    if found and len(found[-1]) < size:
-        left = len(found.pop())  # verl also drops an incomplete step
+    if found and len(found[-1]) < size and job.config.data.train_batch_size:
+        left = len(found.pop())  # verl also drops an incomplete batch; its fully async trainer has none
     if not found:
         raise UserError(
             f"{left} of {len(dataset)} prompts have at most data.max_prompt_length {data.max_prompt_length} tokens, "
-            f"a step needs data.train_batch_size {size}: raise the first, lower the second, or give more data"
+            f"a step needs {size}: raise it, lower data.train_batch_size, or give more data"
         )
     return found, len(dataset)
 
