@@ -143,7 +143,7 @@ def test_nothing_can_be_shared_is_a_warning(job, environment, tmp_path):
 def test_too_few_prompts_for_a_step(job):
     assert errors(job("data.max_prompt_length=100")) == [
         "0 of 4 prompts have at most data.max_prompt_length 100 tokens, a step needs 4: "
-        "raise it, lower data.train_batch_size, or give more data"
+        "raise data.max_prompt_length, lower data.train_batch_size, or give more data"
     ]
     assert errors(job("data.train_batch_size=5"))[0].startswith("4 of 4 prompts have at most")
 

@@ -47,7 +47,7 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     if not found:
         raise UserError(
             f"{left} of {len(dataset)} prompts have at most data.max_prompt_length {data.max_prompt_length} tokens, "
-            f"a step needs {size}: raise it, lower data.train_batch_size, or give more data"
+            f"a step needs {size}: raise data.max_prompt_length, lower data.train_batch_size, or give more data"
         )
     return found, len(dataset)
 

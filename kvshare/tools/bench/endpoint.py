@@ -104,7 +104,7 @@ class Endpoint:
         """Value of each counter in ``COUNTERS`` so far, in tokens, and the number of requests that were answered."""
         async with self._session.get(f"{self.url}/metrics") as response:
             found = vllm_http.metrics(await response.text())
-        if COUNTERS["prompt"] not in found:
+        if not {COUNTERS["prompt"], ANSWERED} <= found.keys():
             raise ValueError("no metrics")
         return {name: round(found.get(metric, 0)) for name, metric in (COUNTERS | {"answered": ANSWERED}).items()}
 
