@@ -48,7 +48,7 @@ freshness: .venv/dev
 	$(BIN)/pytest -s -m slow tests/launch/test_training.py tests/hooks/test_live_engines.py
 	$(BIN)/pytest -s --backend mp tests/hooks/test_live_engines.py tests/hooks/test_live_freshness.py tests/launch/test_training.py
 
-# verl's async trainers: 14 runs of six updates (docs/async.md), over an hour. -k fully: one of them.
+# verl's async trainers: 14 runs of six updates (docs/async.md), over an hour; those of one with -k fully.
 async: .venv/dev
 	$(BIN)/pytest -s tests/long/async_trainers.py
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -23,8 +24,6 @@ OWN_MAINS = {
     "one_step": "verl.experimental.one_step_off_policy.main_ppo",
 }
 """verl's other mains, by the recipe of config/async that is for them."""
-VERL_CONFIGS = "hydra.searchpath=[pkg://verl.trainer.config]"
-"""For the other mains, whose own configs are elsewhere."""
 MARK = "KVSHARE_LAUNCH"
 LOOPBACK = "127.0.0.1"
 
@@ -52,8 +51,7 @@ class Launch:
         at = command.index(MAIN) + 1
         self._verl, self._arguments = command[:at], command[at:]
         if main := _own_main(self._arguments):
-            self._verl[-1] = main
-            self._arguments.append(VERL_CONFIGS)
+            self._verl[-1:] = [main, "--config-path", "pkg://verl.trainer.config"]  # its own configs are elsewhere
         root = Path(command[command.index("--config-dir") + 1]).absolute().parent
         named = caller.get(RUN_DIR) or root / "outputs" / f"{backend}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir = Path(named).absolute()
@@ -98,8 +96,17 @@ class Launch:
             check = [sys.executable, "-m", "kvshare", "preflight", "--backend", self.backend, "--device", self.device]
             check += ["--record", str(self.run_dir), "--", *command[len(self._verl) :]]
             # Preflight imports gigabytes. In its own process they are freed before training.
-            code = processes.start(check, None, variables).wait() or processes.start(command, None, variables).wait()
+            code = processes.start(check, None, variables).wait()
+            if not code:
+                self._check_main()
+                code = processes.start(command, None, variables).wait()
         return code if code >= 0 else 128 - code
+
+    def _check_main(self) -> None:
+        kind = json.loads((self.run_dir / "run.json").read_text())["trainer"]
+        named = next((name for name, main in OWN_MAINS.items() if f".{kind}." in main), None)
+        if named and OWN_MAINS[named] not in self._verl:
+            raise UserError(f"the config is of verl's {kind} trainer: give +async={named}, which runs its main")
 
     def _start_service(self, processes: Processes) -> dict[str, str]:
         backend, log = BACKENDS[self.backend], self.run_dir / f"{self.backend}.log"

@@ -14,7 +14,9 @@ from kvshare.record.events import Event, Request, Step
 from kvshare.record.stored import Hits
 from kvshare.record.token_sources import Count, Sharing
 
-STEP = "training/global_step"  # all of verl's trainers log it once a step; a validation lacks it
+STEP = "training/global_step"
+"""All of verl's trainers log it with a step; a validation lacks it. Fully async logs a step with the next update of the
+weights, so the last ones are missing."""
 PEARSON = "training/rollout_actor_probs_pearson_corr"
 DIFFERENCE = "training/rollout_probs_diff_max"
 SPANS = "training/off_policy/trajectory_spans/max"  # versions of the weights; of verl's default trainer

@@ -175,10 +175,11 @@ def facts(report: dict[str, Any]) -> dict[str, str]:
         "time saved": _saved(report),
         "router": _routing(report["routing"]),
         **_conversations(report["conversations"], (report.get("forecast") or {}).get("evicted_between_turns")),
-        "rollout/actor correlation": f"{mismatch['pearson_min']} "
+        "rollout/actor correlation": mismatch["pearson_min"] is not None
+        and f"{mismatch['pearson_min']} "
         f"(lowest of all steps; noise floor, {mismatch['floor']}: {mismatch['pearson_floor']})",
-        "rollout/actor probability difference": f"{mismatch['probs_diff_max']} "
-        f"(highest; noise floor, {mismatch['floor']}: {mismatch['probs_diff_floor']})",
+        "rollout/actor probability difference": mismatch["probs_diff_max"] is not None
+        and f"{mismatch['probs_diff_max']} (highest; noise floor, {mismatch['floor']}: {mismatch['probs_diff_floor']})",
         "reward": rewards and f"{rewards[0]:.3f} in the first step, {rewards[-1]:.3f} in the last",
         **_compared(report),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -157,5 +158,5 @@ def _step(data: dict[str, Any]) -> str:
         f"step {data['training/global_step']}: {data['timing_s/step']:.0f} s, "
         f"reward {data['critic/score/mean']:.3f}, "
         f"{data.get('kvshare/shared_hit_tokens', 0):,} tokens shared, "
-        f"rollout/actor correlation {data['training/rollout_actor_probs_pearson_corr']:.6f}"
+        f"rollout/actor correlation {data.get('training/rollout_actor_probs_pearson_corr', math.nan):.6f}"
     )

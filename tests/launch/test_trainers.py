@@ -8,6 +8,7 @@ import pytest
 from jobs import CONNECTOR, MP, P2P
 
 from kvshare.core import p2p_replica
+from kvshare.core.errors import UserError
 from kvshare.launch import launchers, preflight
 from kvshare.launch.preflight import trainer
 from kvshare.services.backends import p2p
@@ -84,6 +85,7 @@ REFUSED = [
         own_main("one_step_off", "rollout.nnodes=2", "rollout.n_gpus_per_node=3"),
         "this machine only, the job has 2 nodes",
     ),
+    (fully("algorithm.adv_estimator=gae"), "fully_async_policy trainer cannot make a critic"),
     (own_main("fully_async"), "fully_async_policy trainer asserts data.train_batch_size=0, it is"),
     (fully("data.gen_batch_size=2"), "asserts data.gen_batch_size=1, it is 2"),
     (fully(f"{ROLLOUT}.tensor_model_parallel_size=4"), "6 devices (nodes: 1, devices a node: 6"),
@@ -237,6 +239,13 @@ def test_step_of_fully_async_is_what_it_trains_on_between_two_weight_updates(che
     steps, _ = preflight.memory.prompts.steps(made)
     assert {len(step) for step in steps} == {2 * 2 * 2}  # with a ppo_mini_batch_size of 2
     assert made.workers_a_node == 6
-    made, wrong = checked(*fully("data.train_max_samples=3", *given))
-    assert wrong == []
-    assert {len(step) for step in preflight.memory.prompts.steps(made)[0]} == {3}  # nothing is dropped
+
+
+def test_step_of_fully_async_takes_all_epochs(checked):
+    """verl trains on nothing if all of a run's prompts are less than a step."""
+    given = ("data.train_max_samples=3", "async_training.trigger_parameter_sync_step=2")  # with mini batches of 2
+    once, _ = checked(*fully(*given, "trainer.total_epochs=1"))
+    with pytest.raises(UserError, match="a step needs 4"):
+        preflight.memory.prompts.steps(once)
+    twice, _ = checked(*fully(*given, "trainer.total_epochs=2"))
+    assert [len(step) for step in preflight.memory.prompts.steps(twice)[0]] == [3]

@@ -42,7 +42,8 @@ def stopped(pid: int) -> Iterator[None]:
     found = [parent, *parent.children(recursive=True)]
     try:
         for process in found:
-            process.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
         until(lambda: all(_has_stopped(process.pid) for process in found))
         yield
     finally:
@@ -52,7 +53,8 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def _has_stopped(pid: int) -> bool:
+    """Or ended: all its threads are traced as T, or as Z."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
         threads = Path(f"/proc/{pid}/task").iterdir()
-        return all((thread / "stat").read_text().rpartition(")")[2].split()[0] == "T" for thread in threads)
-    return False
+        return all((thread / "stat").read_text().rpartition(")")[2].split()[0] in "TZ" for thread in threads)
+    return not psutil.pid_exists(pid)

@@ -42,8 +42,8 @@ def steps(job: Job) -> tuple[list[list[list[int]]], int]:
     prompts = (ids for ids in _tokenized(dataset, model, data) if len(ids) <= data.max_prompt_length)
     while sum(len(ids) for step in found for ids in step) < ENOUGH and (step := list(islice(prompts, size))):
         found.append(step)
-    if found and len(found[-1]) < size and job.config.data.train_batch_size:
-        left = len(found.pop())  # verl also drops an incomplete batch; its fully async trainer has none
+    if found and len(found[-1]) < size and not (len(found) == 1 and _in_all_epochs(job, len(found[0])) >= size):
+        left = len(found.pop())  # verl also drops an incomplete step
     if not found:
         raise UserError(
             f"{left} of {len(dataset)} prompts have at most data.max_prompt_length {data.max_prompt_length} tokens, "
@@ -63,6 +63,14 @@ def batch_size(job: Job) -> int:
     asynchronous = job.config.async_training
     mini = job.config.actor_rollout_ref.actor.ppo_mini_batch_size
     return mini * asynchronous.require_batches * asynchronous.trigger_parameter_sync_step
+
+
+def _in_all_epochs(job: Job, prompts: int) -> int:
+    """Prompts that may make up a step: verl's fully async trainer goes on with the next epoch."""
+    if job.config.data.train_batch_size:
+        return prompts
+    of_run = prompts * job.config.trainer.total_epochs
+    return min(of_run, job.config.rollout.total_rollout_steps or of_run)
 
 
 def _tokenized(dataset: Any, model: Any, data: Any) -> Iterator[list[int]]:

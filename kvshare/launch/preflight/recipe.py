@@ -45,13 +45,13 @@ def config(job: Job) -> Iterator[str]:
 
 
 def _verl_configs() -> type:
-    """A Hydra plugin that finds verl's configs, as main_ppo does, beside those of a job's own hydra.searchpath."""
+    """A Hydra plugin that finds verl's configs where main_ppo finds them: before those of --config-dir."""
     from hydra.core.config_search_path import ConfigSearchPath
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
     class VerlConfigs(SearchPathPlugin):
         def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            search_path.append("verl", f"file://{verl_config()}")
+            search_path.prepend("verl", f"file://{verl_config()}", "main")
 
     return VerlConfigs
 

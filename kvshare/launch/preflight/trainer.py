@@ -50,6 +50,8 @@ def mode(job: Job) -> Iterator[str]:
 
 def trainer(job: Job) -> Iterator[str]:
     """Let verl make its trainer, whose constructor checks the config. It starts nothing yet."""
+    from verl.trainer.ppo.utils import need_critic
+
     name = job.facts["trainer"] = kind(job)
     config = job.config
     asserted: dict[str, Any] = {}
@@ -62,6 +64,8 @@ def trainer(job: Job) -> Iterator[str]:
     for key, wanted in asserted.items():
         if (given := OmegaConf.select(config, key)) != wanted:
             yield f"verl's {name} trainer asserts {key}={_yaml(wanted)}, it is {_yaml(given)}: set it"
+    if name in OWN_MAINS and need_critic(config):
+        yield f"verl 0.9.1's {name} trainer cannot make a critic: take another estimator, e.g. ADV_ESTIMATOR=grpo"
     if name in (*OWN_MAINS, "v0"):
         return
     from verl.trainer.ppo.v1 import get_trainer_cls

@@ -29,6 +29,7 @@ COUNTERS = {
     "shared": "vllm:prompt_tokens_by_source_total:external_kv_transfer",
 }
 ANSWERED = "vllm:request_success_total"
+COUNTED_IN = 60  # seconds
 
 
 @dataclass
@@ -127,12 +128,16 @@ async def sample(asked: Sequence[Endpoint], answers: Awaitable[list[Answer]]) ->
     """Await ``answers`` and measure them. The counters are those of the ``asked`` endpoints."""
     before = [await endpoint.counted() for endpoint in asked]
     got = await answers
-    while True:
+    deadline, counted = time.monotonic() + COUNTED_IN, {"answered": 0}
+    while counted["answered"] < len(got):  # an engine answers first and counts then
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"of {len(got)} requests the engines have counted {counted['answered']}: was one restarted?"
+            )
+        await asyncio.sleep(0.01)
         after = [await endpoint.counted() for endpoint in asked]
         counted = {name: sum(a[name] - b[name] for a, b in zip(after, before, strict=True)) for name in after[0]}
-        if counted.pop("answered") >= len(got):
-            break
-        await asyncio.sleep(0.01)  # an engine answers first and counts then
+    del counted["answered"]
     logprobs = [answer.logprob for answer in got]
     return Sample(max(a.first for a in got), max(a.end for a in got), **counted, logprobs=logprobs)
 

@@ -98,13 +98,16 @@ async def _measure(
                 answers.append(await ask(placing, replicas, name, prompt[:tokens], answer))
                 await asyncio.sleep(pause)
 
+        makespan = 0.0
+
         async def all_of_them() -> list[Answer]:
+            nonlocal makespan
+            began = time.perf_counter()
             await asyncio.gather(*(converse(prompts[text], turns) for text, turns in conversations))
+            makespan = time.perf_counter() - began
             return answers
 
-        began = time.perf_counter()
         counted = (await sample([replica.endpoint for replica in replicas], all_of_them())).numbers()
-        makespan = time.perf_counter() - began
         status = placing.get_status()
     firsts = sorted(answer.first for answer in answers)
     counted |= {
