@@ -29,7 +29,7 @@ LONG = (  # generation goes on while the actor trains. Such answers earn nothing
 )
 COLOCATE = (*LONG, "trainer.v1.trainer_mode=colocate_async", "actor_rollout_ref.actor.ppo_mini_batch_size=4")
 SEPARATE = (*LONG, "+async=separate_cpu", "data.max_response_length=512")  # longer than the actor trains
-FULLY = (*LONG, "+async=fully_cpu", "data.max_response_length=512")
+FULLY = (*LONG, "+async=fully_cpu", "data.max_response_length=512", "async_training.staleness_threshold=3")
 ONE_STEP = (*LONG, "+async=one_step_cpu")
 ONE_BY_ONE = "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=one_by_one"
 
