@@ -43,6 +43,7 @@ def separate(*overrides: str) -> tuple[str, ...]:
     )
 
 
+OLD = ("trainer.use_v1=false",)
 COLOCATE = ("trainer.v1.trainer_mode=colocate_async",)
 WITHOUT_HYBRID = ("actor_rollout_ref.hybrid_engine=false", f"+{ENVIRONMENT}.VERL_LOGGING_LEVEL=WARNING")
 SWITCH = "trainer.v1.separate_async.hybrid_rollout.enable_switch=true"
@@ -226,8 +227,8 @@ def test_verls_staleness_and_ours_agree(checked, environment, given, versions, w
     assert words in said[0]
 
 
-@pytest.mark.parametrize(("given", "known"), [((), True), (separate(), True), (COLOCATE, True), (fully(), False)])
-def test_trainers_that_have_not_run_with_kvshare(checked, given, known):
+@pytest.mark.parametrize(("given", "known"), [((), True), (separate(), True), (fully(), True), (OLD, False)])
+def test_trainers_that_have_run_with_kvshare(checked, given, known):
     made, _ = checked(*given, until="verl's objects")
     assert (list(trainer.untried(made)) == []) == known
 

@@ -20,11 +20,11 @@ from kvshare.core import freshness
 from kvshare.core.job import OWN_MAINS, Job, one_line
 from kvshare.launch.hydra_overrides import RUNTIME_ENV
 
-TRIED = ("sync", "colocate_async", "separate_async")
-"""Trainers with which kvshare has trained."""
-
 FULLY, ONE_STEP = OWN_MAINS
 """Trainers with a main of their own, known by their configs."""
+
+TRIED = ("sync", "colocate_async", "separate_async", *OWN_MAINS)
+"""Trainers with which kvshare has trained."""
 
 
 def kind(job: Job) -> str:
