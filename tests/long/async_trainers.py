@@ -138,7 +138,6 @@ def test_mismatch_is_that_of_the_trainer(arms, arm):
 def test_requests_go_on_across_updates(arms, arm):
     """So the arms show what they are for."""
     assert arms[arm]["again"]["requests"]
-    assert arms[arm]["versions_in_flight"]["of_a_trajectory"] > 1
 
 
 def test_replicas_were_at_different_versions(arms):
