@@ -87,16 +87,22 @@ def test_an_answer_from_before_a_reset_is_not_stored(engines, prompt):
     assert len([e for e in first.events[start:] if e["op"] == "store" and e["policy"] != "run-2"]) == 1
 
 
+def interrupted(engine, prompt):
+    """The number of events before an answer, and what it had when it was aborted. None if it had ended before."""
+    start, before = len(engine.events), engine.metric(GENERATION)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(engine.ask, prompt, "run-1", 2 * LONG, IF_ABORTED)
+        until(lambda: engine.metric(GENERATION) - before > LONG, engine.process)
+        engine.abort_all()
+        partial = asked.result()
+    return (start, partial) if len(partial.tokens) < 2 * LONG else None
+
+
 @pytest.mark.parametrize("where", ["same", "moved"])
 def test_an_interrupted_answer_goes_on_with_its_kv(engines, prompt, where):
     """verl aborts, clears the engine's caches, and asks for the prompt with what was generated, there or elsewhere."""
     first, second = engines
-    start, before = len(first.events), first.metric(GENERATION)
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(first.ask, prompt, "run-1", 2500, IF_ABORTED)
-        until(lambda: first.metric(GENERATION) - before > LONG, first.process)
-        first.abort_all()
-        partial = asked.result()
+    start, partial = until(lambda: interrupted(first, prompt))
     computed = PROMPT + len(partial.tokens) - 1
     stored(first, start, computed)
     engine, turn = first if where == "same" else second, next_turn(prompt, partial)
