@@ -13,6 +13,7 @@ from kvshare.record import summary
 
 PROMPT = 4 * CHUNK + 50
 HITS = 4 * CHUNK
+LONG = 2500  # tokens of an answer, so that a reset comes before its end
 BYTES = 4 * 2 * 128 * 4  # of KV a token: layers, K and V, hidden size, fp32
 
 
@@ -87,7 +88,7 @@ def test_request_under_way_across_a_reset(replicas, prompts):
     engine.ask(known)
     assert engine.ask(known).cached >= HITS
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(engine.ask(running, tokens=1000)))
+    thread = threading.Thread(target=lambda: answers.append(engine.ask(running, tokens=LONG)))
     thread.start()
     until(lambda: engine.metric("vllm:num_requests_running"))
     assert engine.reset()
@@ -95,7 +96,7 @@ def test_request_under_way_across_a_reset(replicas, prompts):
     assert engine.ask(known).cached == 0
     assert engine.ask(known).cached >= HITS
     thread.join()
-    assert len(answers[0].tokens) == 1000
+    assert len(answers[0].tokens) == LONG
     assert engine.ask(running).cached == 0
     assert engine.ask(running).cached >= HITS
 

@@ -13,6 +13,7 @@ from kvshare.core import policy
 PROMPT, GENERATED = 4 * CHUNK + 50, 2 * CHUNK
 COMPUTED = PROMPT + GENERATED - 1  # the last token's KV is not
 LONG = 1500  # tokens of an answer of which the end of the last chunk is less than a tenth
+ANSWER = 2500  # so long that something comes between
 GENERATION = "vllm:generation_tokens_total"
 ALWAYS, IF_ABORTED = ({policy.STORE: value} for value in (policy.ALWAYS, policy.IF_ABORTED))
 
@@ -79,7 +80,7 @@ def test_an_answer_from_before_a_reset_is_not_stored(engines, prompt):
     first, _ = engines
     start = len(first.events)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(first.ask, prompt, "run-1", GENERATED, ALWAYS)
+        asked = pool.submit(first.ask, prompt, "run-1", ANSWER, ALWAYS)
         stored(first, start, PROMPT)
         first.reset()
         asked.result()
@@ -91,11 +92,11 @@ def interrupted(engine, prompt):
     """The number of events before an answer, and what it had when it was aborted. None if it had ended before."""
     start, before = len(engine.events), engine.metric(GENERATION)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(engine.ask, prompt, "run-1", 2 * LONG, IF_ABORTED)
+        asked = pool.submit(engine.ask, prompt, "run-1", ANSWER, IF_ABORTED)
         until(lambda: engine.metric(GENERATION) - before > LONG, engine.process)
         engine.abort_all()
         partial = asked.result()
-    return (start, partial) if len(partial.tokens) < 2 * LONG else None
+    return (start, partial) if len(partial.tokens) < ANSWER else None
 
 
 @pytest.mark.parametrize("where", ["same", "moved"])
