@@ -98,11 +98,16 @@ class Launch:
             # Preflight imports gigabytes. In its own process they are freed before training.
             code = processes.start(check, None, variables).wait()
             if not code:
-                self._check_main()
+                self.check_main()
                 code = processes.start(command, None, variables).wait()
         return code if code >= 0 else 128 - code
 
-    def _check_main(self) -> None:
+    def check_main(self) -> None:
+        """Compare the main with the trainer that preflight has found in the config.
+
+        Raises:
+            UserError: the trainer has another main.
+        """
         kind = json.loads((self.run_dir / "run.json").read_text())["trainer"]
         named = next((name for name, main in OWN_MAINS.items() if f".{kind}." in main), None)
         if named and OWN_MAINS[named] not in self._verl:

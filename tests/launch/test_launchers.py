@@ -11,6 +11,7 @@ from conftest import LAUNCHERS, ROOT
 
 from kvshare.core.errors import UserError
 from kvshare.launch import hydra_overrides, launchers, preflight
+from kvshare.launch.launch import Launch
 from kvshare.launch.preflight import recipe
 
 
@@ -116,6 +117,17 @@ def test_recipe_runs_the_main_of_its_trainer(recipe, main):
     assert command[:3] == ["python3", "-m", main]
     assert find_spec(main)
     assert ("pkg://verl.trainer.config" in command) == (main != "verl.trainer.main_ppo")
+
+
+def test_config_of_another_main_is_refused(tmp_path):
+    """The config can name its recipe otherwise than on the command line."""
+    command = ["python3", "-m", "verl.trainer.main_ppo", "--config-dir", "config", "--config-name", "mine"]
+    (tmp_path / "run.json").write_text('{"trainer": "fully_async_policy"}')
+    for more in ([], ["+async=one_step"]):
+        launch = Launch("remote", "cpu", [*command, *more], {"KVSHARE_RUN_DIR": str(tmp_path)})
+        with pytest.raises(UserError, match=r"fully_async_policy trainer: give \+async=fully"):
+            launch.check_main()
+    Launch("remote", "cpu", [*command, "+async=fully_cpu"], {"KVSHARE_RUN_DIR": str(tmp_path)}).check_main()
 
 
 @pytest.mark.parametrize("path", ["it's here/model", "back\\slash", "a b=c,d{e}", 'quo"te', "ends\\"])
