@@ -108,7 +108,8 @@ class Launch:
         Raises:
             UserError: the trainer has another main.
         """
-        kind = json.loads((self.run_dir / "run.json").read_text())["trainer"]
+        found = self.run_dir / "run.json"  # written by preflight, if it could
+        kind = json.loads(found.read_text())["trainer"] if found.is_file() else None
         named = next((name for name, main in OWN_MAINS.items() if f".{kind}." in main), None)
         if named and OWN_MAINS[named] not in self._verl:
             raise UserError(f"the config is of verl's {kind} trainer: give +async={named}, which runs its main")
