@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,6 @@ COUNTERS = {
     "local": "vllm:prompt_tokens_by_source_total:local_cache_hit",
     "shared": "vllm:prompt_tokens_by_source_total:external_kv_transfer",
 }
-ANSWERED = "vllm:request_success_total"
-COUNTED_IN = 60  # seconds
 
 
 @dataclass
@@ -102,12 +100,12 @@ class Endpoint:
         return await asyncio.gather(*(self.ask(prompt, tokens) for prompt in prompts))
 
     async def counted(self) -> dict[str, int]:
-        """Value of each counter in ``COUNTERS`` so far, in tokens, and the number of requests that were answered."""
+        """Value of each counter in ``COUNTERS`` so far, in tokens."""
         async with self._session.get(f"{self.url}/metrics") as response:
             found = vllm_http.metrics(await response.text())
-        if not {COUNTERS["prompt"], ANSWERED} <= found.keys():
+        if COUNTERS["prompt"] not in found:
             raise ValueError("no metrics")
-        return {name: round(found.get(metric, 0)) for name, metric in (COUNTERS | {"answered": ANSWERED}).items()}
+        return {name: round(found.get(metric, 0)) for name, metric in COUNTERS.items()}
 
     async def pool(self) -> int:
         """Tokens of KV that fit the engine."""
@@ -124,20 +122,12 @@ async def endpoints(urls: Sequence[str]) -> AsyncIterator[list[Endpoint]]:
         yield [Endpoint(session, url) for url in urls]
 
 
-async def sample(asked: Sequence[Endpoint], answers: Awaitable[list[Answer]]) -> Sample:
-    """Await ``answers`` and measure them. The counters are those of the ``asked`` endpoints."""
+async def sample(asked: Sequence[Endpoint], answers: Coroutine[Any, Any, list[Answer]]) -> Sample:
+    """Run ``answers`` and measure them. The counters are those of the ``asked`` endpoints, read before it begins."""
     before = [await endpoint.counted() for endpoint in asked]
     got = await answers
-    deadline, counted = time.monotonic() + COUNTED_IN, {"answered": 0}
-    while counted["answered"] < len(got):  # an engine answers first and counts then
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"of {len(got)} requests the engines have counted {counted['answered']}: was one restarted?"
-            )
-        await asyncio.sleep(0.01)
-        after = [await endpoint.counted() for endpoint in asked]
-        counted = {name: sum(a[name] - b[name] for a, b in zip(after, before, strict=True)) for name in after[0]}
-    del counted["answered"]
+    after = [await endpoint.counted() for endpoint in asked]
+    counted = {name: sum(a[name] - b[name] for a, b in zip(after, before, strict=True)) for name in COUNTERS}
     logprobs = [answer.logprob for answer in got]
     return Sample(max(a.first for a in got), max(a.end for a in got), **counted, logprobs=logprobs)
 

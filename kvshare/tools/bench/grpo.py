@@ -110,6 +110,10 @@ async def ask(router: Any, replicas: list[Replica], request: str, prompt: Prompt
     return Answer(held + got.first, held + got.end, got.logprob)
 
 
+async def ask_together(router: Any, replicas: list[Replica], prompt: Prompt, asked: Asked) -> list[Answer]:
+    return await asyncio.gather(*(ask(router, replicas, uuid4().hex, prompt, asked.answer) for _ in range(asked.n)))
+
+
 @asynccontextmanager
 async def following(replicas: list[Replica]) -> AsyncIterator[None]:
     tasks = [asyncio.create_task(replica.follow()) for replica in replicas]
@@ -131,8 +135,7 @@ async def patterns(found: list[Endpoint], engines: Engines, asked: Asked) -> lis
             for name in ROUTERS:
                 (prompt,) = unseen(1, tokens)
                 with router(name, replicas, engines.chunk_size) as placing:
-                    samples = (ask(placing, replicas, uuid4().hex, prompt, asked.answer) for _ in range(asked.n))
-                    got = await sample(found, asyncio.gather(*samples))
+                    got = await sample(found, ask_together(placing, replicas, prompt, asked))
                 row = {"routing": name, "tokens": tokens, "n": asked.n, "answer": asked.answer, "samples": []}
                 rows.setdefault((name, tokens), row)["samples"].append(got.numbers())
                 await asyncio.sleep(asked.settle)
