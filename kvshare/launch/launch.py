@@ -19,11 +19,11 @@ from kvshare.services.health import wait_healthy
 from kvshare.services.processes import Processes
 
 MAIN = "verl.trainer.main_ppo"
-OWN_MAINS = {
+RECIPE_MAINS = {
     "fully": "verl.experimental.fully_async_policy.fully_async_main",
     "one_step": "verl.experimental.one_step_off_policy.main_ppo",
 }
-"""verl's other mains, by the recipe of config/async that is for them."""
+"""verl's other mains, by the recipe in config/async that needs them."""
 MARK = "KVSHARE_LAUNCH"
 LOOPBACK = "127.0.0.1"
 
@@ -110,8 +110,8 @@ class Launch:
         """
         found = self.run_dir / "run.json"  # written by preflight, if it could
         kind = json.loads(found.read_text())["trainer"] if found.is_file() else None
-        named = next((name for name, main in OWN_MAINS.items() if f".{kind}." in main), None)
-        if named and OWN_MAINS[named] not in self._verl:
+        named = next((name for name, main in RECIPE_MAINS.items() if f".{kind}." in main), None)
+        if named and RECIPE_MAINS[named] not in self._verl:
             raise UserError(f"the config is of verl's {kind} trainer: give +async={named}, which runs its main")
 
     def _start_service(self, processes: Processes) -> dict[str, str]:
@@ -124,7 +124,7 @@ class Launch:
 
 def _own_main(arguments: list[str]) -> str | None:
     recipes = [argument.partition("=")[2] for argument in arguments if argument.startswith("+async=")]
-    return OWN_MAINS.get(recipes[-1].removesuffix("_cpu")) if recipes else None
+    return RECIPE_MAINS.get(recipes[-1].removesuffix("_cpu")) if recipes else None
 
 
 def write_report(folder: Path) -> dict | None:

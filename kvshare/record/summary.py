@@ -96,7 +96,7 @@ class Seen:
         self.degraded: set[int] = set()
         self.ends: list[int] = []
         self.routing: dict[str, Any] = {}
-        self.silent: list[str] = []  # as of the last step; later they end because the run does
+        self.silent: list[str] = []  # at the last step; replicas that fall silent later end with the run
         self.lost = 0
 
     def add(self, event: Event) -> None:

@@ -53,7 +53,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def _has_stopped(pid: int) -> bool:
-    """Or ended: all its threads are traced as T, or as Z."""
+    """Whether all its threads have stopped (T) or ended (Z)."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
         threads = Path(f"/proc/{pid}/task").iterdir()
         return all((thread / "stat").read_text().rpartition(")")[2].split()[0] in "TZ" for thread in threads)
