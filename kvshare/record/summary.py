@@ -62,7 +62,7 @@ def summarize(
         "prefill_amplification": seen.stored.amplification(),
         "prefill_tokens_per_second": seen.prefill,
         "time_saved_seconds": count.time_saved(seen.prefill),
-        "routing": seen.routing and seen.routing | {"silent": seen.silent},
+        "routing": seen.routing_until_last_step(),
         "conversations": conversations.to_dict(),
         "policy": policies.to_list(),
         "step": [row.to_dict(replicas, seen.prefill) for row in rows],
@@ -96,7 +96,7 @@ class Seen:
         self.degraded: set[int] = set()
         self.ends: list[int] = []
         self.routing: dict[str, Any] = {}
-        self.silent: list[str] = []  # at the last step; replicas that fall silent later end with the run
+        self.silent: list[str] = []  # at the last step
         self.lost = 0
 
     def add(self, event: Event) -> None:
@@ -117,6 +117,10 @@ class Seen:
             self.lost += event.events
         elif isinstance(event, Routing):
             self.routing = {name: getattr(event, name) for name in ROUTING}
+
+    def routing_until_last_step(self) -> dict[str, Any]:
+        """The router's last counters. Replicas that fall silent after the last step end with the run."""
+        return self.routing | {"silent": self.silent} if self.routing and self.ends else self.routing
 
 
 def against_forecast(report: dict[str, Any]) -> dict[str, tuple[float, float | None]]:

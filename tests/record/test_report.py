@@ -246,6 +246,7 @@ def test_silence_of_a_replica_counts_until_the_last_step():
     def said(*lines):
         return "the router hears nothing of the replica at 1" in page.markdown(summarize(lines, [], RUN))
 
+    assert said(told(1, "1"))  # the run ended in its first step
     assert said(told(1, "1"), end(1, 2))
     assert not said(told(1, "1"), end(1, 2), told(3), end(2, 4))
     assert not said(told(1), end(1, 2), told(3, "1"))
